@@ -1,0 +1,74 @@
+"""A chat whose memory never grows: one cache lives through all turns, each turn feeds only what is new."""
+
+import argparse
+import sys
+
+import torch
+
+import liquidfusion as lf
+from liquidfusion.bench.models import load
+from liquidfusion.install import cache_keyword
+
+QUESTIONS = [
+    "What is a good name for a cat?",
+    "Name three fruits that grow on trees.",
+    "How do I boil an egg?",
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2", help="smollm2, a local directory or a hub id")
+    parser.add_argument("--strategy", default="liquid_fusion")
+    parser.add_argument("--budget", type=int, default=256, help="tokens that the cache may hold")
+    parser.add_argument("--max-tokens", type=int, default=60, help="longest answer")
+    parser.add_argument("--turns", type=int, default=10, help="questions asked when nobody types")
+    parser.add_argument("--quick", action="store_true", help="three short turns, nobody types")
+    args = parser.parse_args()
+    if args.quick:
+        args.turns, args.max_tokens = 3, 16
+
+    loaded = load(args.model)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    cache = lf.KVCache(model, strategy=args.strategy, budget=args.budget)
+    logits, previous = None, ""
+    for question in typed() if sys.stdin.isatty() and not args.quick else asked(args.turns):
+        # Only the new turn is tokenised; the template's own system prompt comes with the first one.
+        turn = [{"role": "user", "content": question}]
+        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        if logits is not None:
+            text = previous + text[text.index("<|im_start|>user") :] if "<|im_start|>user" in text else text
+        logits = feed(model, cache, tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"])
+        answer = []
+        while len(answer) < args.max_tokens and (token := int(logits.argmax())) != tokenizer.eos_token_id:
+            answer.append(token)
+            logits = feed(model, cache, torch.tensor([[token]]))
+        previous = tokenizer.eos_token + "\n"
+        print(f"> {question}\n{tokenizer.decode(answer, skip_special_tokens=True).strip()}")
+        print(f"  [{cache.get_seq_length()} tokens so far, {cache.nbytes / 2**20:.2f} MiB of cache]\n")
+
+
+@torch.inference_mode()
+def feed(model: torch.nn.Module, cache: lf.KVCache, ids: torch.Tensor) -> torch.Tensor:
+    """Run the new tokens through the model and return the logits that follow them."""
+    output = model(ids.to(model.device), **{cache_keyword(model): cache}, use_cache=True, logits_to_keep=1)
+    return output.logits[0, -1]
+
+
+def asked(turns: int) -> list[str]:
+    """Return that many questions, again from the first when they run out."""
+    return [QUESTIONS[turn % len(QUESTIONS)] for turn in range(turns)]
+
+
+def typed():
+    """Yield lines from the terminal until it ends."""
+    print("Type a question; Ctrl-D ends.")
+    for line in sys.stdin:
+        if line.strip():
+            yield line.strip()
+
+
+if __name__ == "__main__":
+    main()
