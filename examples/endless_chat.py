@@ -33,20 +33,19 @@ def main() -> None:
     loaded = load(args.model)
     model, tokenizer = loaded.model, loaded.tokenizer
     cache = lf.KVCache(model, strategy=args.strategy, budget=args.budget)
-    logits, previous = None, ""
+    messages, fed = [], ""
     for question in typed() if sys.stdin.isatty() and not args.quick else asked(args.turns):
-        # Only the new turn is tokenised; the template's own system prompt comes with the first one.
-        turn = [{"role": "user", "content": question}]
-        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        if logits is not None:
-            text = previous + text[text.index("<|im_start|>user") :] if "<|im_start|>user" in text else text
-        logits = feed(model, cache, tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"])
+        messages.append({"role": "user", "content": question})
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        new = text.removeprefix(fed)  # the template's text so far, without what the cache has seen
+        logits = feed(model, cache, tokenizer(new, return_tensors="pt", add_special_tokens=False)["input_ids"])
         answer = []
         while len(answer) < args.max_tokens and (token := int(logits.argmax())) != tokenizer.eos_token_id:
             answer.append(token)
             logits = feed(model, cache, torch.tensor([[token]]))
-        previous = tokenizer.eos_token + "\n"
-        print(f"> {question}\n{tokenizer.decode(answer, skip_special_tokens=True).strip()}")
+        messages.append({"role": "assistant", "content": tokenizer.decode(answer)})
+        fed = text + messages[-1]["content"]
+        print(f"> {question}\n{messages[-1]['content'].strip()}")
         print(f"  [{cache.get_seq_length()} tokens so far, {cache.nbytes / 2**20:.2f} MiB of cache]\n")
 
 
