@@ -1,0 +1,25 @@
+"""Fixtures: the tiny models of `tiny.py`."""
+
+from __future__ import annotations
+
+import os
+
+# Before transformers is imported: no test may reach a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+from transformers import PreTrainedModel
+
+from tiny import MODELS, tiny
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """Each of the tiny models in turn."""
+    return tiny(request.param)
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    """Tiny Llama with grouped queries."""
+    return tiny("llama")

@@ -1,0 +1,257 @@
+"""Naive twins of the fast paths: plain Python and float64, written from the exact rules, sharing no code with them.
+
+A twin knows no slots. It keeps a mapping from position to scores, a number of empty places and the list of doomed
+positions, so nothing of the product's slot bookkeeping can be mistaken for the rule it implements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+PEAK_DECAY = 0.9995
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What one strategy does with one (layer, row, kv head).
+
+    Parameters
+    ----------
+    budget : int or None
+        Most tokens kept; ``None`` never evicts.
+    sink_size : int
+        Protected first tokens, or the number of adaptive sinks.
+    heavy, recent : float
+        Weights by which the tokens that are not sinks are shared between heavy hitters and the recent window.
+    peak_ratio : float
+        Share of the heavy hitters that is chosen by peak attention.
+    gamma, pi : float
+        Fading of mass and peak per query token.
+    interval : int
+        Tokens between two choices of victims.
+    adaptive : bool
+        Sinks are the largest masses outside the recent window instead of the first tokens.
+    """
+
+    budget: int | None
+    sink_size: int = 0
+    heavy: float = 0.0
+    recent: float = 1.0
+    peak_ratio: float = 0.0
+    gamma: float = 1.0
+    pi: float = PEAK_DECAY
+    interval: int = 1
+    adaptive: bool = False
+
+    def parts(self, keep: int) -> tuple[int, int, int, int]:
+        """Number of sinks, recent, peak and mass tokens among `keep`."""
+        sinks = min(self.sink_size, keep - 1)
+        rest = keep - sinks
+        recent = max(1, math.floor(rest * self.recent / (self.heavy + self.recent) + 0.5))
+        heavy = rest - recent
+        peak = math.floor(heavy * self.peak_ratio + 0.5)
+        return sinks, recent, peak, heavy - peak
+
+
+def gamma_of(sink_update_rate: float) -> float:
+    """Fading of the mass per query token for an exponential moving average over 64 tokens."""
+    return float((1.0 - sink_update_rate) ** (1.0 / 64.0))
+
+
+def _full(_budget: int | None) -> Rules:
+    return Rules(budget=None)
+
+
+def _local(budget: int | None) -> Rules:
+    return Rules(budget)
+
+
+def _streaming(budget: int | None) -> Rules:
+    return Rules(budget, sink_size=4)
+
+
+def _h2o(budget: int | None) -> Rules:
+    return Rules(budget, heavy=1.0, recent=1.0)
+
+
+def _liquid_fusion(budget: int | None) -> Rules:
+    return Rules(budget, sink_size=4, heavy=0.2, recent=0.3, peak_ratio=0.5, gamma=gamma_of(0.1))
+
+
+STRATEGIES: dict[str, Callable[[int | None], Rules]] = {
+    "full": _full,
+    "local": _local,
+    "streaming": _streaming,
+    "h2o": _h2o,
+    "liquid_fusion": _liquid_fusion,
+}
+"""Strategy name to its own defaults; a strategy of the product that is missing here has no twin and fails the tests."""
+
+# The parameters each strategy listens to; any other is ignored.
+LISTENS: dict[str, frozenset[str]] = {
+    "full": frozenset(),
+    "local": frozenset(),
+    "streaming": frozenset({"sink_size"}),
+    "h2o": frozenset({"heavy", "recent"}),
+    "liquid_fusion": frozenset({"sink_size", "adaptive", "heavy", "recent", "peak_ratio", "gamma"}),
+}
+
+
+def rules(strategy: str, budget: int | None, *, interval: int = 1, **given: float | bool) -> Rules:
+    """Rules of a strategy with the given parameters instead of its own, where it listens to them."""
+    own = STRATEGIES[strategy](budget)
+    heard = {name: value for name, value in given.items() if name in LISTENS[strategy]}
+    return replace(own, interval=interval, **heard)  # type: ignore[arg-type]
+
+
+@dataclass
+class Scores:
+    """Ledger entry of one token."""
+
+    mass: float = 0.0
+    peak: float = 0.0
+
+
+Attend = Callable[[list[int], list[int]], Sequence[Sequence[Sequence[float]]]]
+"""From (visible positions, positions of the queries) to probabilities [group][query][visible]."""
+
+
+@dataclass
+class Twin:
+    """One (layer, row, kv head): which positions are kept, doomed, and how they score.
+
+    `margin` is the smallest relative distance between a kept and a dropped score over all choices so far. Where it is
+    far above the float32 error of the product, the product must choose the same tokens; an exact tie does not count,
+    because the rule decides it.
+    """
+
+    rules: Rules
+    tokens: dict[int, Scores] = field(default_factory=dict)
+    doomed: list[int] = field(default_factory=list)
+    seen: int = 0
+    evictions: int = 0
+    margin: float = math.inf
+
+    @property
+    def empty(self) -> float:
+        """Places that hold no token."""
+        return math.inf if self.rules.budget is None else self.rules.budget - len(self.tokens)
+
+    @property
+    def kept(self) -> list[int]:
+        """Visible positions, ascending."""
+        return sorted(self.tokens)
+
+    def copy(self) -> Twin:
+        """Independent twin in the same state."""
+        tokens = {position: Scores(token.mass, token.peak) for position, token in self.tokens.items()}
+        return replace(self, tokens=tokens, doomed=list(self.doomed))
+
+    def call(self, new: int, attend: Attend) -> None:
+        """One call with `new` real tokens: one is a decode step, more are a chunk, none is nothing."""
+        if new == 0:
+            return
+        queries = list(range(self.seen, self.seen + new))
+        if new == 1 and self.empty == 0:
+            del self.tokens[self.doomed.pop(0)]
+            self.evictions += 1
+        for position in queries:
+            self.tokens[position] = Scores()
+        self.seen += new
+        visible = self.kept
+        self._look(visible, new, attend(visible, queries))
+        if new > 1:
+            self._shrink()
+        self._doom()
+
+    def _look(self, visible: list[int], new: int, probabilities: Sequence[Sequence[Sequence[float]]]) -> None:
+        gamma, pi, group = self.rules.gamma, self.rules.pi, len(probabilities)
+        for token in self.tokens.values():
+            token.mass *= gamma**new
+            token.peak *= pi**new
+        for query in range(new):
+            age = new - 1 - query
+            rows = [probabilities[head][query] for head in range(group)]
+            for position, looks in zip(visible, zip(*rows, strict=True), strict=True):
+                p = sum(looks) / group
+                token = self.tokens[position]
+                token.mass += gamma**age * p
+                token.peak = max(token.peak, pi**age * p)
+
+    def _shrink(self) -> None:
+        self.doomed = []
+        budget = self.rules.budget
+        if budget is None or len(self.tokens) <= budget:
+            return
+        staying = self._choose(self.kept, budget)
+        self.evictions += len(self.tokens) - budget
+        self.tokens = {position: self.tokens[position] for position in staying}
+
+    def _doom(self) -> None:
+        queued = self.empty + len(self.doomed)
+        if queued > self.rules.interval:
+            return
+        free = [position for position in self.kept if position not in self.doomed]
+        staying = self._choose(free, len(free) - int(2 * self.rules.interval - queued))
+        self.doomed += [position for position in free if position not in staying]
+
+    def _choose(self, positions: list[int], keep: int) -> set[int]:
+        sinks, recent, peak, mass = self.rules.parts(keep)
+        left = list(positions)
+        chosen: set[int] = set()
+
+        def take(count: int, score: Callable[[int], float]) -> None:
+            nonlocal left
+            ranked = sorted(left, key=lambda position: (score(position), position), reverse=True)
+            if 0 < count < len(ranked):
+                last, next_ = score(ranked[count - 1]), score(ranked[count])
+                if last != next_:
+                    self.margin = min(self.margin, (last - next_) / last)
+            chosen.update(ranked[:count])
+            left = sorted(ranked[count:])
+
+        def newest(_position: int) -> float:
+            return 0.0  # a tie everywhere, which the newest position wins
+
+        if self.rules.adaptive:
+            take(recent, newest)
+            take(sinks, lambda position: self.tokens[position].mass)
+        else:
+            first = [position for position in left if position < self.rules.sink_size][:sinks]
+            chosen.update(first)
+            left = [position for position in left if position not in chosen]
+            take(recent + sinks - len(first), newest)
+        take(peak, lambda position: self.tokens[position].peak)
+        take(mass, lambda position: self.tokens[position].mass)
+        return chosen
+
+
+def attention(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Dense attention of one kv head's group over the visible tokens, float64.
+
+    Parameters
+    ----------
+    query : Tensor
+        ``[group, queries, head_dim]``.
+    keys, values : Tensor
+        ``[tokens, head_dim]``.
+    visible : Tensor
+        bool ``[queries, tokens]``.
+    scale : float
+        Factor on the dot products.
+
+    Returns
+    -------
+    tuple of Tensor
+        Output ``[group, queries, head_dim]``, 0 where a query sees nothing, and probabilities
+        ``[group, queries, tokens]``.
+    """
+    logits = query.double() @ keys.double().T * scale
+    logits = logits.masked_fill(~visible, -math.inf)
+    probabilities = torch.softmax(logits, dim=-1).nan_to_num(0.0)
+    return probabilities @ values.double(), probabilities
