@@ -1,0 +1,125 @@
+"""The Rust core: every decision of LiquidFusion, on zero-copy views of CPU tensors."""
+
+from collections.abc import Iterable
+from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeAlias, TypedDict, final
+
+__all__ = [
+    "Ledger",
+    "Spec",
+    "__version__",
+    "accumulate",
+    "budget_from_percent",
+    "build_info",
+    "select",
+    "strategies",
+]
+
+__version__: str
+
+class _StrategyInfo(TypedDict):
+    name: str
+    summary: str
+    paper: str
+    parameters: list[str]
+    defaults: dict[str, Any]
+
+class _BuildInfo(TypedDict):
+    version: str
+    profile: str
+    target: str
+    simd: str
+
+# Anything that exports DLPack from CPU memory, pinned or not: torch tensors, numpy arrays.
+_Tensor: TypeAlias = Any
+
+def strategies() -> list[_StrategyInfo]: ...
+def budget_from_percent(percent: SupportsFloat, prompt_tokens: SupportsIndex, sink_size: SupportsIndex) -> int: ...
+def build_info() -> _BuildInfo: ...
+def accumulate(
+    probabilities: _Tensor,
+    ages: _Tensor,
+    elapsed: Iterable[SupportsIndex],
+    mass: _Tensor,
+    peak: _Tensor,
+    mass_decay: SupportsFloat,
+    peak_decay: SupportsFloat,
+    *,
+    weights: _Tensor | None = None,
+    threads: SupportsIndex | None = None,
+) -> None: ...
+def select(scores: _Tensor, k: SupportsIndex, out: _Tensor, *, threads: SupportsIndex | None = None) -> None: ...
+
+@final
+class Spec:
+    def __new__(
+        cls,
+        strategy: str,
+        budget: SupportsIndex | None = None,
+        *,
+        window_size: SupportsIndex | None = None,
+        sink_size: SupportsIndex | None = None,
+        sink_update_rate: SupportsFloat | None = None,
+        heavy_ratio: SupportsFloat | None = None,
+        recent_ratio: SupportsFloat | None = None,
+        peak_ratio: SupportsFloat | None = None,
+        eviction_interval: SupportsIndex | None = None,
+        sinks: Literal["pinned", "adaptive"] | None = None,
+        value_weighted: bool | None = None,
+    ) -> Spec: ...
+    @property
+    def strategy(self) -> str: ...
+    @property
+    def budget(self) -> int | None: ...
+    @property
+    def interval(self) -> int: ...
+    @property
+    def mass_decay(self) -> float: ...
+    @property
+    def peak_decay(self) -> float: ...
+    @property
+    def scored(self) -> bool: ...
+    @property
+    def bounded(self) -> bool: ...
+    @property
+    def value_weighted(self) -> bool: ...
+    @property
+    def params(self) -> dict[str, Any]: ...
+    def split(self, keep: SupportsIndex) -> tuple[int, int, int, int]: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+    def __getnewargs_ex__(self) -> tuple[tuple[str], dict[str, Any]]: ...
+
+@final
+class Ledger:
+    def __new__(
+        cls,
+        spec: Spec,
+        positions: _Tensor,
+        mass: _Tensor | None,
+        peak: _Tensor | None,
+        *,
+        threads: SupportsIndex | None = None,
+    ) -> Ledger: ...
+    def begin(self, lengths: Iterable[SupportsIndex], slots: _Tensor) -> None: ...
+    def chunk(
+        self,
+        layer: SupportsIndex,
+        columns: _Tensor,
+        mass: _Tensor | None,
+        peak: _Tensor | None,
+        source: _Tensor,
+    ) -> None: ...
+    def finish(self) -> int: ...
+    def peek(self, out: _Tensor, skip: Iterable[SupportsIndex]) -> None: ...
+    def queue_lengths(self) -> list[int]: ...
+    def queues(self, out: _Tensor) -> None: ...
+    def restore(self, queues: _Tensor, seen: Iterable[SupportsIndex]) -> None: ...
+    def reorder(self, rows: Iterable[SupportsIndex]) -> None: ...
+    def grow(self, positions: _Tensor, mass: _Tensor | None, peak: _Tensor | None) -> None: ...
+    def reset(self) -> None: ...
+    @property
+    def seen(self) -> list[int]: ...
+    @property
+    def evictions(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...

@@ -1,0 +1,104 @@
+//! How work is spread over threads.
+//!
+//! Items are pulled one by one from a shared iterator, so a helper that wakes late takes less and never stalls the others'
+//! share; the calling thread always works itself. Every item is independent, so results do not depend on the thread count.
+
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use crate::error::{Result, fail};
+
+/// Caps the threads of every call that names no cap itself.
+pub const VARIABLE: &str = "LIQUIDFUSION_NUM_THREADS";
+
+struct Pool {
+    pool: rayon::ThreadPool,
+    process: u32,
+}
+
+/// Threads to use: `cap`, or else the environment's cap, or else one per available core.
+pub fn resolve(cap: Option<i64>) -> Result<usize> {
+    if let Some(cap) = cap {
+        return positive("threads", &cap.to_string());
+    }
+    if let Ok(text) = std::env::var(VARIABLE) {
+        return positive(VARIABLE, &text);
+    }
+    // The common cap of numerical libraries; its other forms ("4,2") are not ours to reject.
+    let omp = std::env::var("OMP_NUM_THREADS").ok().and_then(|text| positive("", &text).ok());
+    Ok(omp.unwrap_or(usize::MAX).min(cores()))
+}
+
+fn positive(name: &str, text: &str) -> Result<usize> {
+    match text.trim().parse() {
+        Ok(n) if n >= 1 => Ok(n),
+        _ => fail!(Config, "{name} must be an integer of at least 1, got {text}"),
+    }
+}
+
+fn cores() -> usize {
+    static CORES: OnceLock<usize> = OnceLock::new();
+    *CORES.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
+}
+
+/// The helpers, or none when there is one core, when threads cannot be had, or in a forked child, which has no threads.
+fn helpers() -> Option<&'static rayon::ThreadPool> {
+    static POOL: OnceLock<Option<Pool>> = OnceLock::new();
+    let pool = POOL.get_or_init(|| {
+        if cores() < 2 {
+            return None;
+        }
+        let builder = rayon::ThreadPoolBuilder::new().num_threads(cores() - 1);
+        let pool = builder.thread_name(|i| format!("liquidfusion-{i}")).build().ok()?;
+        Some(Pool { pool, process: std::process::id() })
+    });
+    pool.as_ref().filter(|p| p.process == std::process::id()).map(|p| &p.pool)
+}
+
+/// Run `work` on every item, on at most `threads` threads.
+pub(crate) fn for_each<I, F>(threads: usize, items: I, work: F)
+where
+    I: Iterator + Send,
+    I::Item: Send,
+    F: Fn(I::Item) + Sync,
+{
+    let Some(pool) = (threads > 1).then(helpers).flatten() else {
+        return items.for_each(work);
+    };
+    let items = Mutex::new(items);
+    let drain = || {
+        loop {
+            let next = items.lock().unwrap_or_else(PoisonError::into_inner).next();
+            let Some(item) = next else { break };
+            work(item);
+        }
+    };
+    pool.in_place_scope(|scope| {
+        for _ in 1..threads.min(pool.current_num_threads() + 1) {
+            scope.spawn(|_| drain());
+        }
+        drain();
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_item_once() {
+        for threads in 1..5 {
+            let mut data = vec![0; 1000];
+            for_each(threads, data.iter_mut().enumerate(), |(i, x)| *x += i);
+            assert!(data.iter().enumerate().all(|(i, &x)| i == x));
+        }
+    }
+
+    #[test]
+    fn caps_are_checked() {
+        assert_eq!(resolve(Some(3)), Ok(3));
+        for bad in [0, -1] {
+            assert!(resolve(Some(bad)).unwrap_err().to_string().contains(&bad.to_string()));
+        }
+        assert!(positive("x", "two").is_err());
+    }
+}

@@ -1,0 +1,272 @@
+//! `Ledger`: the core's ledger on tensors that torch owns, bound once.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use liquidfusion_core::ledger::{ChunkScores, Ledger, Shape, Slots};
+use liquidfusion_core::threads;
+use liquidfusion_core::view::{View, ViewMut};
+use pyo3::prelude::*;
+use pyo3::sync::MutexExt;
+
+use crate::args::{int, ints, optional_int};
+use crate::error::{config_error, raise, released, tensor_error};
+use crate::spec::PySpec;
+use crate::tensor::{Access, Tensor, disjoint};
+
+const SLOTS: &str = "[layers, batch, kv_heads, slots]";
+
+/// The caller's slot tensors.
+struct Bindings {
+    positions: Tensor<i32, 4>,
+    scores: Option<(Tensor<f32, 4>, Tensor<f32, 4>)>,
+}
+
+struct State {
+    ledger: Ledger,
+    bindings: Bindings,
+}
+
+/// Reuse queues and counters, on positions, mass and peak bound for life.
+#[pyclass(name = "Ledger", module = "liquidfusion._core", frozen)]
+pub(crate) struct PyLedger(Mutex<State>);
+
+impl Bindings {
+    fn import(
+        positions: &Bound<'_, PyAny>,
+        mass: Option<&Bound<'_, PyAny>>,
+        peak: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let py = positions.py();
+        let positions = Tensor::import("positions", SLOTS, positions, Access::Write)?;
+        let scores = match (mass, peak) {
+            (None, None) => None,
+            (Some(mass), Some(peak)) => {
+                let mass = Tensor::import("mass", SLOTS, mass, Access::Write)?;
+                let peak = Tensor::import("peak", SLOTS, peak, Access::Write)?;
+                mass.expect(py, "mass", positions.shape())?;
+                peak.expect(py, "peak", positions.shape())?;
+                Some((mass, peak))
+            }
+            _ => return Err(tensor_error(py, "mass and peak must both be tensors or both None".into())),
+        };
+        let bindings = Self { positions, scores };
+        disjoint(py, &bindings.spans())?;
+        Ok(bindings)
+    }
+
+    fn shape(&self) -> Shape {
+        let [layers, batch, heads, slots] = self.positions.shape();
+        Shape { layers, batch, heads, slots }
+    }
+
+    fn spans(&self) -> Vec<(&'static str, std::ops::Range<usize>)> {
+        let mut spans = vec![("positions", self.positions.span())];
+        if let Some((mass, peak)) = &self.scores {
+            spans.extend([("the ledger's mass", mass.span()), ("the ledger's peak", peak.span())]);
+        }
+        spans
+    }
+
+    fn slots(&mut self) -> Slots<'_> {
+        Slots {
+            positions: self.positions.slice_mut(),
+            scores: self.scores.as_mut().map(|(mass, peak)| (mass.slice_mut(), peak.slice_mut())),
+        }
+    }
+}
+
+impl PyLedger {
+    fn lock(&self, py: Python<'_>) -> MutexGuard<'_, State> {
+        self.0.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The integers of a list that are one per row.
+fn per_row(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<i64>> {
+    ints(name, value)
+}
+
+#[pymethods]
+impl PyLedger {
+    #[new]
+    #[pyo3(signature = (spec, positions, mass, peak, *, threads=None))]
+    fn new(
+        spec: &PySpec,
+        positions: &Bound<'_, PyAny>,
+        mass: Option<&Bound<'_, PyAny>>,
+        peak: Option<&Bound<'_, PyAny>>,
+        threads: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let py = positions.py();
+        let threads = threads::resolve(optional_int("threads", threads)?).map_err(|error| raise(py, error))?;
+        let bindings = Bindings::import(positions, mass, peak)?;
+        if spec.0.strategy().scored() && bindings.scores.is_none() {
+            let text = format!("{} needs the tensors mass and peak, got None", spec.0.strategy().name());
+            return Err(tensor_error(py, text));
+        }
+        let ledger = Ledger::new(spec.0.clone(), bindings.shape(), threads).map_err(|error| raise(py, error))?;
+        Ok(Self(Mutex::new(State { ledger, bindings })))
+    }
+
+    /// Start a call of `lengths[b]` real new tokens per row; rows with one token get the slot to write.
+    fn begin(&self, lengths: &Bound<'_, PyAny>, slots: &Bound<'_, PyAny>) -> PyResult<()> {
+        let py = lengths.py();
+        let lengths = per_row("lengths", lengths)?;
+        let mut out = Tensor::<i64, 3>::import("slots", "[layers, batch, kv_heads]", slots, Access::Write)?;
+        let mut state = self.lock(py);
+        let state = &mut *state;
+        let mut spans = state.bindings.spans();
+        spans.push(("slots", out.span()));
+        disjoint(py, &spans)?;
+        released(py, || {
+            let shape = out.shape();
+            let mut out = ViewMut::new("slots", out.slice_mut(), shape)?;
+            state.ledger.begin(&mut state.bindings.slots(), &lengths, &mut out)
+        })
+    }
+
+    /// Decide which tokens of a layer and its chunk stay.
+    fn chunk(
+        &self,
+        layer: &Bound<'_, PyAny>,
+        columns: &Bound<'_, PyAny>,
+        mass: Option<&Bound<'_, PyAny>>,
+        peak: Option<&Bound<'_, PyAny>>,
+        source: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        const SCORES: &str = "[batch, kv_heads, slots + columns]";
+        let py = layer.py();
+        let value = int("layer", layer)?;
+        let layer =
+            usize::try_from(value).map_err(|_| config_error(py, format!("layer must not be negative, got {value}")))?;
+        let columns = Tensor::<i32, 2>::import("columns", "[batch, n]", columns, Access::Read)?;
+        let scores = match (mass, peak) {
+            (None, None) => None,
+            (Some(mass), Some(peak)) => Some((
+                Tensor::<f32, 3>::import("mass", SCORES, mass, Access::Read)?,
+                Tensor::<f32, 3>::import("peak", SCORES, peak, Access::Read)?,
+            )),
+            _ => return Err(tensor_error(py, "mass and peak must both be tensors or both None".into())),
+        };
+        let mut source = Tensor::<i32, 3>::import("source", "[batch, kv_heads, slots]", source, Access::Write)?;
+        let mut state = self.lock(py);
+        let state = &mut *state;
+        let written = state.bindings.spans().into_iter().chain([("source", source.span())]).collect::<Vec<_>>();
+        disjoint(py, &written)?;
+        let mut read = vec![("columns", columns.span())];
+        if let Some((mass, peak)) = &scores {
+            read.extend([("mass", mass.span()), ("peak", peak.span())]);
+        }
+        // What is only read may be shared among itself.
+        for span in read {
+            disjoint(py, &[&written[..], &[span]].concat())?;
+        }
+        released(py, || {
+            let columns = View::new("columns", columns.slice(), columns.shape())?;
+            let scores = match &scores {
+                Some((mass, peak)) => Some(ChunkScores {
+                    mass: View::new("mass", mass.slice(), mass.shape())?,
+                    peak: View::new("peak", peak.slice(), peak.shape())?,
+                }),
+                None => None,
+            };
+            let shape = source.shape();
+            let mut source = ViewMut::new("source", source.slice_mut(), shape)?;
+            state.ledger.chunk(&mut state.bindings.slots(), layer, columns, scores, &mut source)
+        })
+    }
+
+    /// End a call: choose the next victims where they are due; returns how many.
+    fn finish(&self, py: Python<'_>) -> PyResult<u64> {
+        let mut state = self.lock(py);
+        let state = &mut *state;
+        released(py, || state.ledger.finish(&state.bindings.slots()))
+    }
+
+    /// Copy queue entries `skip[b]` and following, -1 beyond the end.
+    fn peek(&self, out: &Bound<'_, PyAny>, skip: &Bound<'_, PyAny>) -> PyResult<()> {
+        let py = out.py();
+        let skip = per_row("skip", skip)?;
+        let mut out = Tensor::<i32, 4>::import("out", "[layers, batch, kv_heads, n]", out, Access::Write)?;
+        let state = self.lock(py);
+        let state = &*state;
+        let shape = out.shape();
+        released(py, || state.ledger.peek(&skip, &mut ViewMut::new("out", out.slice_mut(), shape)?))
+    }
+
+    /// Length of each row's queues.
+    fn queue_lengths(&self, py: Python<'_>) -> Vec<usize> {
+        self.lock(py).ledger.queue_lengths().to_vec()
+    }
+
+    /// Copy all queues, padded with -1.
+    fn queues(&self, out: &Bound<'_, PyAny>) -> PyResult<()> {
+        let py = out.py();
+        let mut out = Tensor::<i32, 4>::import("out", SLOTS, out, Access::Write)?;
+        let state = self.lock(py);
+        let state = &*state;
+        let shape = out.shape();
+        released(py, || state.ledger.queues(&mut ViewMut::new("out", out.slice_mut(), shape)?))
+    }
+
+    /// Take over saved queues and counters; the bound tensors already hold what was saved.
+    fn restore(&self, queues: &Bound<'_, PyAny>, seen: &Bound<'_, PyAny>) -> PyResult<()> {
+        let py = queues.py();
+        let queues = Tensor::<i32, 4>::import("queues", SLOTS, queues, Access::Read)?;
+        let seen = per_row("seen", seen)?;
+        let mut state = self.lock(py);
+        let state = &mut *state;
+        released(py, || {
+            let queues = View::new("queues", queues.slice(), queues.shape())?;
+            state.ledger.restore(state.bindings.positions.slice(), queues, &seen)
+        })
+    }
+
+    /// Row `i` takes the state of row `rows[i]`; the caller does the same with its tensors.
+    fn reorder(&self, rows: &Bound<'_, PyAny>) -> PyResult<()> {
+        let rows_ = per_row("rows", rows)?;
+        let mut state = self.lock(rows.py());
+        let ledger = &mut state.ledger;
+        released(rows.py(), || ledger.reorder(&rows_))
+    }
+
+    /// Rebind to tensors with more slots, whose first ones hold the old contents.
+    fn grow(
+        &self,
+        positions: &Bound<'_, PyAny>,
+        mass: Option<&Bound<'_, PyAny>>,
+        peak: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        let py = positions.py();
+        let bindings = Bindings::import(positions, mass, peak)?;
+        let mut state = self.lock(py);
+        state.ledger.grow(bindings.shape()).map_err(|error| raise(py, error))?;
+        state.bindings = bindings;
+        Ok(())
+    }
+
+    /// Forget everything: positions -1, scores 0, queues full, counters 0.
+    fn reset(&self, py: Python<'_>) -> PyResult<()> {
+        let mut state = self.lock(py);
+        let state = &mut *state;
+        released(py, || state.ledger.reset(&mut state.bindings.slots()))
+    }
+
+    /// Real tokens each row has seen.
+    #[getter]
+    fn seen(&self, py: Python<'_>) -> Vec<usize> {
+        self.lock(py).ledger.seen().to_vec()
+    }
+
+    /// Tokens evicted so far, summed over layers, rows and heads.
+    #[getter]
+    fn evictions(&self, py: Python<'_>) -> u64 {
+        self.lock(py).ledger.evictions()
+    }
+
+    /// Bytes of the queues.
+    #[getter]
+    fn nbytes(&self, py: Python<'_>) -> usize {
+        self.lock(py).ledger.nbytes()
+    }
+}

@@ -1,0 +1,38 @@
+//! `liquidfusion._core`: the Rust core for Python.
+//!
+//! `tensor` makes zero-copy views and holds the only unsafe code; the rest checks arguments, releases the GIL and maps errors.
+#![deny(clippy::undocumented_unsafe_blocks)]
+
+mod args;
+mod error;
+mod ledger;
+mod score;
+mod spec;
+mod tensor;
+
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+/// How this extension was built and what it uses here: version, profile, target, simd.
+#[pyfunction]
+fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    let info = PyDict::new(py);
+    info.set_item("version", env!("CARGO_PKG_VERSION"))?;
+    info.set_item("profile", if cfg!(debug_assertions) { "debug" } else { "release" })?;
+    info.set_item("target", format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS))?;
+    info.set_item("simd", liquidfusion_core::simd::name())?;
+    Ok(info)
+}
+
+/// The Rust core of `LiquidFusion`.
+#[pymodule]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<spec::PySpec>()?;
+    module.add_class::<ledger::PyLedger>()?;
+    module.add_function(wrap_pyfunction!(spec::strategies, module)?)?;
+    module.add_function(wrap_pyfunction!(spec::budget_from_percent, module)?)?;
+    module.add_function(wrap_pyfunction!(score::accumulate, module)?)?;
+    module.add_function(wrap_pyfunction!(score::select, module)?)?;
+    module.add_function(wrap_pyfunction!(build_info, module)?)?;
+    module.add("__version__", env!("CARGO_PKG_VERSION"))
+}
