@@ -1,0 +1,265 @@
+"""Time the kernels against what bounds them, in one run on one card.
+
+Decode is measured against the time to read the slots at the card's own copy rate, the score kernel against the cuDNN attention whose
+log-sum-exp it uses. Correctness comes first; the table comes last.
+
+    python benches/kernels.py                      # Llama-3.1-8B shape: 32 query heads, 8 kv heads, head_dim 128, bfloat16
+    python benches/kernels.py --sweep              # tile shapes and splits too
+    compute-sanitizer --tool memcheck python benches/kernels.py --small   # every kernel once on small shapes, no timing
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+
+def load() -> ModuleType:
+    """`liquidfusion.kernels`, by its path where the package is not built."""
+    try:
+        from liquidfusion import kernels
+    except ImportError:
+        path = Path(__file__).parents[1] / "python" / "liquidfusion" / "kernels" / "__init__.py"
+        spec = importlib.util.spec_from_file_location("kernels", path)
+        kernels = importlib.util.module_from_spec(spec)
+        sys.modules["kernels"] = kernels
+        spec.loader.exec_module(kernels)
+    return kernels
+
+
+kernels = load()
+decode_module = sys.modules[f"{kernels.__name__}.decode"]
+prefill_module = sys.modules[f"{kernels.__name__}.prefill"]
+DECAYS = {"mass_decay": 0.998355, "peak_decay": 0.9995, "value_weighted": True}
+
+
+def median_ms(call: Callable[[], object], repeats: int) -> float:
+    """Median milliseconds of a call by device events, after two warm-up calls."""
+    for _ in range(2):
+        call()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def copy_rate() -> float:
+    """Bytes per second of a device-to-device copy, read and written bytes counted."""
+    source = torch.randint(0, 255, (1 << 31,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_ms(lambda: target.copy_(source), 10) * 1e3
+
+
+def decode_layers(
+    batch: int, slots: int, layers: int, heads: tuple[int, int, int]
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Arguments of `kernels.decode`, one tuple per layer, every slot filled."""
+    query_heads, kv_heads, head_dim = heads
+    ring = torch.randint(0, slots, (batch, kv_heads, 128), dtype=torch.int32, device="cuda")
+    used = torch.zeros(batch, dtype=torch.int32, device="cuda")
+    seen = torch.full((batch,), slots, dtype=torch.int32, device="cuda")
+    for _ in range(layers):
+        new = [
+            torch.randn(batch, h, head_dim, dtype=torch.bfloat16, device="cuda")
+            for h in (query_heads, kv_heads, kv_heads)
+        ]
+        slot = [torch.randn(batch, kv_heads, slots, head_dim, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+        positions = torch.randperm(slots, device="cuda").int().expand(batch, kv_heads, slots).contiguous()
+        scores = [torch.rand(batch, kv_heads, slots, device="cuda") for _ in range(2)]
+        yield *new, *slot, positions, *scores, ring, used, seen
+
+
+def time_decode(layers: list[tuple[torch.Tensor, ...]]) -> float:
+    """Microseconds per layer of the decode kernels, replayed from one CUDA graph over all layers."""
+
+    def step() -> None:
+        for arguments in layers:
+            kernels.decode(*arguments, scale=arguments[0].shape[-1] ** -0.5, **DECAYS)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return median_ms(graph.replay, 20) / len(layers) * 1e3
+
+
+def bench_decode(rate: float, sweep: bool) -> list[str]:
+    """Rows of the table: the decode step of one layer."""
+    rows = []
+    for batch, slots in ((1, 2048), (8, 2048), (64, 2048)):
+        layers = list(decode_layers(batch, slots, 32 if batch == 1 else 6, (32, 8, 128)))
+        read = 2 * batch * 8 * slots * 128 * 2 + batch * 8 * slots * (4 + 16)
+        floor = read / rate * 1e6
+        time = time_decode(layers)
+        rows.append(
+            f"decode B={batch} S={slots}: {time:.1f} us, floor {floor:.1f} us, {floor / time:.0%} of the copy rate"
+        )
+        if sweep:
+            original = decode_module._config
+            for tile, stages, warps in ((32, 3, 4), (32, 4, 4), (64, 2, 4), (64, 3, 4), (128, 2, 4), (128, 2, 8)):
+                for splits in {1: (8, 16, 32), 8: (2, 4, 8), 64: (1, 2)}[batch]:
+                    each = -(-slots // splits)
+                    if each < tile:
+                        continue
+                    decode_module._config = lambda *_, c=(splits, each, tile, stages, warps): c
+                    rows.append(
+                        f"    tile {tile} stages {stages} warps {warps} splits {splits}: {time_decode(layers):.1f} us"
+                    )
+            decode_module._config = original
+        del layers
+    return rows
+
+
+def prefill_inputs(tokens: int, heads: tuple[int, int, int]) -> tuple[torch.Tensor, ...]:
+    """(q, k, v, ages) of one row, strided as a model leaves them."""
+    query_heads, kv_heads, head_dim = heads
+    q, k, v = (
+        torch.randn(1, tokens, h, head_dim, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+        for h in (query_heads, kv_heads, kv_heads)
+    )
+    return q, k, v, torch.arange(tokens - 1, -1, -1, dtype=torch.int32, device="cuda")[None]
+
+
+def score_call(tokens: int) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Calls of the fused attention and of the score kernel that follows it."""
+    q, k, v, ages = prefill_inputs(tokens, (32, 8, 128))
+    scale = 128**-0.5
+    lse = prefill_module._fused(q, k, v, True, scale)[1]
+    empty = k[:, :, :0]
+    none = torch.zeros(1, 8, 0, device="cuda")
+    count = torch.tensor([tokens], dtype=torch.int32, device="cuda")
+    arguments = (
+        q,
+        k,
+        v,
+        empty,
+        empty,
+        none.int(),
+        ages,
+        count,
+        count,
+        lse,
+        none,
+        none,
+        scale,
+        *DECAYS.values(),
+        0.0,
+        0,
+        False,
+    )
+    return lambda: prefill_module._fused(q, k, v, True, scale), lambda: prefill_module._scores(*arguments)
+
+
+def check_scores(tokens: int = 2048) -> str:
+    """Compare prefill's scores with float32 probabilities of a whole matrix, on fresh random inputs."""
+    q, k, v, ages = prefill_inputs(tokens, (32, 8, 128))
+    none = torch.zeros(1, 8, 0, device="cuda")
+    empty = k[:, :, :0]
+    options = {"scale": 128**-0.5, **DECAYS}
+    out, mass, peak = kernels.prefill(
+        q, k, v, empty, empty, none.int(), ages, none, none, padded=False, full=True, **options
+    )
+    x = torch.matmul(q.double(), k.double().repeat_interleave(4, 1).transpose(-1, -2)) * options["scale"]
+    x.masked_fill_(torch.ones(tokens, tokens, dtype=torch.bool, device="cuda").triu(1), -torch.inf)
+    p = x.softmax(-1)
+    errors = [(out.double() - p @ v.double().repeat_interleave(4, 1)).norm() / out.double().norm()]
+    p = p.unflatten(1, (8, 4)).mean(2)
+    norm = v.double().norm(dim=-1)
+    for actual, decay, reduce in ((mass, DECAYS["mass_decay"], torch.sum), (peak, DECAYS["peak_decay"], torch.amax)):
+        expected = reduce(p * decay ** ages.double()[:, None, :, None], 2) * norm
+        errors.append((actual.double() - expected).norm() / expected.norm())
+    return "relative errors at %d tokens: output %.1e, mass %.1e, peak %.1e" % (tokens, *(e.item() for e in errors))
+
+
+def bench_prefill(lengths: list[int], sweep: bool) -> list[str]:
+    """Rows of the table: the score kernel of one layer beside the attention it rides on."""
+    rows = [check_scores()]
+    for tokens in lengths:
+        attention, score = score_call(tokens)
+        repeats = 20 if tokens <= 16384 else 5
+        base = median_ms(attention, repeats)
+        time = median_ms(score, repeats)
+        rows.append(f"score {tokens} tokens: {time:.2f} ms, cuDNN attention {base:.2f} ms, ratio {time / base:.2f}")
+        if sweep and tokens <= 65536:
+            original = prefill_module._tiles
+            for tiles in (
+                (128, 128, 8, 3),
+                (128, 128, 4, 2),
+                (128, 64, 4, 3),
+                (128, 64, 8, 3),
+                (64, 128, 4, 2),
+                (256, 64, 8, 2),
+                (256, 128, 8, 2),
+            ):
+                prefill_module._tiles = lambda *_, t=tiles: t
+                time = median_ms(score, repeats)
+                rows.append(
+                    "    columns %d rows %d warps %d stages %d: %.2f ms, ratio %.2f" % (*tiles, time, time / base)
+                )
+            prefill_module._tiles = original
+    return rows
+
+
+def small() -> None:
+    """Run every kernel once on small shapes with slots to spare and padding: for compute-sanitizer."""
+    for arguments in decode_layers(2, 200, 2, (8, 2, 80)):
+        arguments[5][1, :, 100:] = -1
+        kernels.decode(*arguments, scale=0.1, window=90, **DECAYS)
+    q, k, v, ages = prefill_inputs(300, (8, 2, 128))
+    keys, values = (torch.randn(1, 2, 100, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    positions = torch.randperm(100, device="cuda").int().expand(1, 2, 100).contiguous()
+    scores = torch.rand(1, 2, 100, device="cuda")
+    for padding, window, softcap in ((0, 0, 0.0), (7, 0, 0.0), (7, 50, 5.0)):
+        ages[:, :padding] = -1
+        kernels.prefill(
+            q,
+            k,
+            v,
+            keys,
+            values,
+            positions,
+            ages,
+            scores,
+            scores,
+            scale=0.1,
+            softcap=softcap,
+            window=window,
+            first_position=100,
+            **DECAYS,
+        )
+    torch.cuda.synchronize()
+    print("every kernel ran")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="*", default=[16384, 65536, 131072], help="prompt lengths")
+    parser.add_argument("--sweep", action="store_true", help="also time other tile shapes and splits")
+    parser.add_argument("--small", action="store_true", help="run each kernel once on small shapes, without timing")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    if options.small:
+        small()
+        return
+    rate = copy_rate()
+    rows = [f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {rate / 1e12:.2f} TB/s"]
+    rows += bench_prefill(options.tokens, options.sweep)
+    rows += bench_decode(rate, options.sweep)
+    print(*rows, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Triton kernels: decode over the slots in place, prefill with exact attention scores.
+
+The package needs torch alone to be imported. `available` says whether the kernels can run; without Triton the names `decode` and
+`prefill` do not exist and the generic torch path does the work.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+_FOUND = importlib.util.find_spec("triton") is not None
+
+if _FOUND:
+    from .decode import decode
+    from .prefill import prefill
+
+    __all__ = ["available", "decode", "prefill"]
+else:
+    __all__ = ["available"]
+
+
+def available(device: torch.device | str | None = None) -> bool:
+    """Say whether the kernels can run on a device.
+
+    Parameters
+    ----------
+    device : torch.device or str, optional
+        Where the tensors live; the current CUDA device when omitted.
+
+    Returns
+    -------
+    bool
+        True on an NVIDIA GPU of compute capability 8.0 or newer, and everywhere under Triton's interpreter
+        (``TRITON_INTERPRET=1``).
+    """
+    if not _FOUND:
+        return False
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return True
+    if device is not None and torch.device(device).type != "cuda":
+        return False
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,0 +1,357 @@
+"""Each kernel against its naive torch twin, on random shapes with NaN in every buffer that must not be read.
+
+Without a GPU the kernels run in Triton's interpreter. The file needs no built extension: it loads `liquidfusion.kernels` by its path
+where the package cannot be imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+pytest.importorskip("triton")
+
+try:
+    from liquidfusion import kernels
+except ImportError:
+    _path = Path(__file__).parents[1] / "python" / "liquidfusion" / "kernels" / "__init__.py"
+    _spec = importlib.util.spec_from_file_location("kernels", _path)
+    kernels = importlib.util.module_from_spec(_spec)
+    sys.modules["kernels"] = kernels
+    _spec.loader.exec_module(kernels)
+
+# The interpreter computes with numpy, which warns of the NaN and infinities that the kernels mask.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NATIVE = DEVICE == "cuda"
+MASS_DECAY, PEAK_DECAY = 0.998, 0.9995
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def close(actual, expected, tolerance):
+    """‖actual − expected‖ ≤ tolerance · ‖expected‖, NaN never."""
+    actual, expected = actual.double(), expected.double()
+    assert torch.isfinite(actual).all()
+    error = (actual - expected).norm() / expected.norm().clamp_min(1e-30)
+    assert error <= tolerance, f"relative error {error:.2e} above {tolerance:.0e}"
+
+
+def naive(q, k, v, visible, scale, softcap):
+    """Output [b, hq, n, d] and group-mean probabilities [b, hkv, n, c] in float64; q [b, hq, n, d], k and v [b, hkv, c, d]."""
+    q, k, v = q.double(), k.double(), v.double()
+    group = q.shape[1] // k.shape[1]
+    k, v = (torch.nan_to_num(t).repeat_interleave(group, 1) for t in (k, v))
+    x = torch.nan_to_num(q) @ k.transpose(-1, -2) * scale
+    if softcap:
+        x = softcap * torch.tanh(x / softcap)
+    mask = visible.repeat_interleave(group, 1)
+    p = torch.nan_to_num(x.masked_fill(~mask, -math.inf).softmax(-1))
+    return p @ v, p.unflatten(1, (-1, group)).mean(2)
+
+
+def buffers(batch, kv_heads, slots, head_dim, dtype, filled, generator):
+    """Slots of which `filled[b]` hold a token, the rest NaN, with positions and scores."""
+    shape = (batch, kv_heads, slots)
+    keys = torch.randn(*shape, head_dim, generator=generator)
+    values = torch.randn(*shape, head_dim, generator=generator)
+    positions = torch.full(shape, -1, dtype=torch.int32)
+    mass = torch.rand(shape, generator=generator)
+    peak = torch.rand(shape, generator=generator)
+    for b in range(batch):
+        for h in range(kv_heads):
+            order = torch.randperm(slots, generator=generator)
+            positions[b, h, order[: filled[b]]] = torch.arange(filled[b], dtype=torch.int32)
+    empty = positions < 0
+    keys[empty] = math.nan
+    values[empty] = math.nan
+    mass[empty] = 0
+    peak[empty] = 0
+    return [t.to(DEVICE) for t in (keys.to(dtype), values.to(dtype), positions, mass, peak)]
+
+
+def naive_decode(q, k, v, keys, values, positions, mass, peak, ring, used, seen, **options):
+    """Twin of `kernels.decode`, written over copies: (out, keys, values, positions, mass, peak)."""
+    keys, values, positions, mass, peak = (t.clone() for t in (keys, values, positions, mass, peak))
+    rows = torch.arange(q.shape[0], device=q.device)
+    slots = ring[rows, :, used.long() % ring.shape[2]].long()
+    at = slots[..., None]
+    keys.scatter_(2, at[..., None].expand(-1, -1, 1, keys.shape[3]), k[:, :, None])
+    values.scatter_(2, at[..., None].expand(-1, -1, 1, keys.shape[3]), v[:, :, None])
+    positions.scatter_(2, at, seen[:, None, None].expand_as(at))
+    mass.scatter_(2, at, 0.0)
+    peak.scatter_(2, at, 0.0)
+    visible = positions >= 0
+    if options["window"]:
+        visible &= seen[:, None, None] - positions < options["window"]
+    out, p = naive(q[:, :, None], keys, values, visible[:, :, None], options["scale"], options["softcap"])
+    p = p[:, :, 0]
+    if options["value_weighted"]:
+        p = p * torch.nan_to_num(values.double()).norm(dim=-1)
+    mass = mass * options["mass_decay"] + p
+    peak = torch.maximum(peak * options["peak_decay"], p)
+    return out[:, :, 0], keys, values, positions, mass, peak
+
+
+def decode_case(
+    seed, dtype, group, head_dim, *, batch=2, kv_heads=2, slots=None, window=0, softcap=0.0, weighted=False
+):
+    generator = torch.Generator().manual_seed(seed)
+    slots = slots or int(torch.randint(17, 300 if NATIVE else 70, (), generator=generator))
+    filled = [slots, *(int(torch.randint(0, slots, (), generator=generator)) for _ in range(batch - 1))]
+    state = buffers(batch, kv_heads, slots, head_dim, dtype, filled, generator)
+    q = torch.randn(batch, kv_heads * group, head_dim, generator=generator).to(DEVICE, dtype)
+    # Strided as a fused projection leaves them.
+    kv = torch.randn(batch, 2 * kv_heads, head_dim, generator=generator).to(DEVICE, dtype)
+    k, v = kv[:, :kv_heads], kv[:, kv_heads:]
+    ring = torch.randint(0, slots, (batch, kv_heads, 4), generator=generator, dtype=torch.int32)
+    used = torch.arange(batch, dtype=torch.int32) + 3
+    for b in range(batch):
+        if filled[b] < slots:  # the new token takes an empty slot
+            empty = (state[2][b] < 0).int().argmax(-1)
+            ring[b, :, used[b] % 4] = empty.cpu()
+    arguments = [
+        q,
+        k,
+        v,
+        *state,
+        ring.to(DEVICE),
+        used.to(DEVICE),
+        torch.tensor(filled, dtype=torch.int32, device=DEVICE),
+    ]
+    options = {
+        "scale": head_dim**-0.5,
+        "mass_decay": MASS_DECAY,
+        "peak_decay": PEAK_DECAY,
+        "value_weighted": weighted,
+        "softcap": softcap,
+        "window": window,
+    }
+    return arguments, options
+
+
+def check_decode(arguments, options):
+    expected = naive_decode(*arguments, **options)
+    written = arguments[3:8]
+    out = kernels.decode(*arguments, **options)
+    close(out, expected[0], TOLERANCE[out.dtype])
+    for actual, wanted in zip(written[:3], expected[1:4], strict=True):
+        assert torch.equal(torch.nan_to_num(actual), torch.nan_to_num(wanted))
+    for actual, wanted in zip(written[3:], expected[4:], strict=True):
+        close(actual, wanted, 1e-4)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_decode_dims(dtype, head_dim):
+    check_decode(*decode_case(head_dim, dtype, 2, head_dim, kv_heads=1 + NATIVE))
+
+
+@pytest.mark.parametrize("group", range(1, 9))
+def test_decode_groups(group):
+    check_decode(*decode_case(group, torch.float32, group, 64, weighted=True, kv_heads=1 + NATIVE))
+
+
+@pytest.mark.parametrize(("window", "softcap", "weighted"), [(9, 0.0, False), (0, 2.0, True), (5, 3.0, True)])
+def test_decode_window_and_softcap(window, softcap, weighted):
+    check_decode(*decode_case(7, torch.float32, 2, 64, window=window, softcap=softcap, weighted=weighted))
+
+
+def test_decode_unscored():
+    arguments, options = decode_case(3, torch.float32, 2, 64)
+    expected = naive_decode(*arguments, **options)
+    arguments[6] = arguments[7] = None
+    close(kernels.decode(*arguments, **options), expected[0], 1e-5)
+    assert torch.equal(arguments[5], expected[3])
+
+
+def test_decode_without_a_slot_writes_nothing():
+    arguments, options = decode_case(3, torch.float32, 2, 64)
+    arguments[8].fill_(-1)
+    before = [t.clone() for t in arguments[3:6]]
+    kernels.decode(*arguments, **options)
+    for actual, wanted in zip(arguments[3:6], before, strict=True):
+        assert torch.equal(torch.nan_to_num(actual), torch.nan_to_num(wanted))
+
+
+def test_decode_runs_are_bit_identical():
+    results = []
+    for _ in range(2):
+        arguments, options = decode_case(11, torch.bfloat16, 4, 64, slots=70, weighted=True)
+        results.append([kernels.decode(*arguments, **options), *arguments[6:8]])
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_decode_in_compiled_code_copies_no_slots():
+    arguments, options = decode_case(5, torch.float32, 2, 64, slots=40)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def step(*tensors):
+        return kernels.decode(*tensors, **options) * 2
+
+    expected = naive_decode(*arguments, **options)
+    out = torch.compile(step, backend=backend, fullgraph=True)(*arguments)
+    close(out, expected[0] * 2, 1e-5)
+    close(arguments[6], expected[4], 1e-4)
+    targets = [node.target for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert any("liquidfusion.decode" in str(target) for target in targets)
+
+
+def naive_prefill(q, k, v, keys, values, positions, ages, mass, peak, *, first_position, **options):
+    """Twin of `kernels.prefill`."""
+    count = ages.amax(1) + 1
+    end = torch.as_tensor(first_position, device=q.device) + count
+    column_ages = torch.cat(
+        [
+            torch.where(positions >= 0, end[:, None, None] - 1 - positions, -1),
+            ages[:, None].expand(-1, k.shape[1], -1),
+        ],
+        2,
+    )
+    distance = column_ages[:, :, None] - ages[:, None, :, None]
+    real = (column_ages >= 0)[:, :, None] & (ages >= 0)[:, None, :, None]
+    visible = real & (distance >= 0)
+    if options["window"]:
+        visible &= distance < options["window"]
+    out, p = naive(q, torch.cat([keys, k], 2), torch.cat([values, v], 2), visible, options["scale"], options["softcap"])
+    norm = torch.ones((), dtype=torch.float64)
+    if options["value_weighted"]:
+        norm = torch.nan_to_num(torch.cat([values, v], 2).double()).norm(dim=-1)
+    age = ages.clamp_min(0).double()[:, None, :, None]
+    pad = torch.zeros_like(k[..., 0], dtype=torch.float32)
+    mass, peak = (torch.cat([t, pad], 2).double() for t in (mass, peak))
+    mass_decay, peak_decay = options["mass_decay"], options["peak_decay"]
+    count = count[:, None, None].double()
+    mass = mass * mass_decay**count + norm * (p * mass_decay**age).sum(2)
+    peak = torch.maximum(peak * peak_decay**count, norm * (p * peak_decay**age).amax(2))
+    return out, mass, peak
+
+
+def prefill_case(
+    seed,
+    dtype,
+    group,
+    head_dim,
+    queries,
+    slots,
+    *,
+    batch=2,
+    kv_heads=1,
+    window=0,
+    softcap=0.0,
+    weighted=False,
+    padded=True,
+    full=False,
+    decays=(MASS_DECAY, PEAK_DECAY),
+):
+    generator = torch.Generator().manual_seed(seed)
+    filled = [slots if full else int(torch.randint(0, slots + 1, (), generator=generator)) for _ in range(batch)]
+    state = buffers(batch, kv_heads, slots, head_dim, dtype, filled, generator)
+    q = torch.randn(batch, queries, kv_heads * group, head_dim, generator=generator).transpose(1, 2)
+    k, v = torch.randn(2, batch, queries, kv_heads, head_dim, generator=generator).transpose(2, 3)
+    ages = torch.arange(queries - 1, -1, -1, dtype=torch.int32).repeat(batch, 1)
+    if padded:
+        for b in range(1, batch):
+            ages[b, : min(5 * b, queries - 2)] = -1
+        for t in (q, k, v):
+            t.masked_fill_((ages < 0)[:, None, :, None], math.nan)
+    arguments = [q.to(DEVICE, dtype), k.to(DEVICE, dtype), v.to(DEVICE, dtype), *state[:3], ages.to(DEVICE), *state[3:]]
+    options = {
+        "scale": head_dim**-0.5,
+        "mass_decay": decays[0],
+        "peak_decay": decays[1],
+        "value_weighted": weighted,
+        "softcap": softcap,
+        "window": window,
+        "first_position": torch.tensor(filled, dtype=torch.int32, device=DEVICE),
+    }
+    return arguments, options
+
+
+def check_prefill(arguments, options):
+    expected = naive_prefill(*arguments, **options)
+    actual = kernels.prefill(*arguments, **options)
+    close(actual[0], expected[0], TOLERANCE[actual[0].dtype])
+    close(actual[1], expected[1], 1e-4)
+    close(actual[2], expected[2], 1e-4)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_prefill_dims(dtype, head_dim):
+    queries, slots = (333, 200) if NATIVE else (37, 21)
+    check_prefill(*prefill_case(head_dim, dtype, 2, head_dim, queries, slots))
+
+
+@pytest.mark.parametrize("group", range(1, 9))
+def test_prefill_groups(group):
+    queries, slots = (200, 70) if NATIVE else (35, 17)
+    check_prefill(*prefill_case(group, torch.float32, group, 64, queries, slots, padded=group % 2 == 0, weighted=True))
+
+
+@pytest.mark.parametrize("slots", [0, 33])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (6, 0.0), (0, 2.0), (50, 3.0)])
+def test_prefill_masks(slots, padded, window, softcap):
+    queries = 300 if NATIVE else 45
+    check_prefill(*prefill_case(1, torch.float32, 2, 64, queries, slots, window=window, softcap=softcap, padded=padded))
+
+
+@pytest.mark.parametrize("decays", [(1.0, 0.9995), (0.998, 0.998), (1.0, 1.0), (0.0, 0.9995)])
+def test_prefill_decays(decays):
+    check_prefill(*prefill_case(2, torch.float32, 2, 64, 45, 20, decays=decays))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slots", [0, 64])
+def test_prefill_plain(dtype, slots):
+    queries = 700 if NATIVE else 40
+    check_prefill(*prefill_case(4, dtype, 4, 128, queries, slots, padded=False, full=True, weighted=True))
+
+
+def test_prefill_unscored():
+    arguments, options = prefill_case(3, torch.float32, 2, 64, 40, 20)
+    expected = naive_prefill(*arguments, **options)
+    arguments[7] = arguments[8] = None
+    out, mass, peak = kernels.prefill(*arguments, **options)
+    close(out, expected[0], 1e-5)
+    assert mass is None
+    assert peak is None
+
+
+def test_prefill_agrees_with_decode_token_by_token():
+    """The chunk rule and the decode rule give the same ledger when nothing is evicted."""
+    n, head_dim = 12, 64
+    arguments, options = prefill_case(6, torch.float32, 2, head_dim, n, 0, batch=1, padded=False)
+    q, k, v = arguments[:3]
+    expected = kernels.prefill(*arguments, **options)
+    keys, values, positions, mass, peak = buffers(
+        1, 1, n, head_dim, torch.float32, [0], torch.Generator().manual_seed(0)
+    )
+    ring = torch.arange(n, dtype=torch.int32, device=DEVICE).reshape(1, 1, n)
+    del options["first_position"]
+    for t in range(n):
+        used = torch.tensor([t], dtype=torch.int32, device=DEVICE)
+        new = (q[:, :, t], k[:, :, t], v[:, :, t])
+        out = kernels.decode(*new, keys, values, positions, mass, peak, ring, used, used, **options)
+        close(out, expected[0][:, :, t], 1e-5)
+    close(mass, expected[1], 1e-5)
+    close(peak, expected[2], 1e-5)
+
+
+def test_available():
+    assert kernels.available(DEVICE)
