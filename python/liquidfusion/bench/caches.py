@@ -1,0 +1,90 @@
+"""The cache options of a run, and the one place where the benchmark makes a cache."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+import liquidfusion as lf
+from liquidfusion import _core
+from liquidfusion.cache import make_spec
+from liquidfusion.exceptions import ConfigError
+
+
+def strategy_names() -> list[str]:
+    """Return the name of every strategy the core registers, in its order."""
+    return [str(entry["name"]) for entry in _core.strategies()]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheOptions:
+    """Which cache a run uses. None leaves a parameter to the strategy's own default.
+
+    Attributes
+    ----------
+    strategy
+        A name from :func:`strategy_names`.
+    cache_size
+        Percent of the prompt, above 0 and up to 100.
+    budget
+        Tokens kept for each layer, row and kv head; excludes `cache_size`.
+    window_size, sink_size, sink_update_rate, heavy_ratio, recent_ratio, peak_ratio, eviction_interval, sinks
+        As :class:`liquidfusion.KVCache` takes them.
+    """
+
+    strategy: str = "liquid_fusion"
+    cache_size: float | None = None
+    budget: int | None = None
+    window_size: int | None = None
+    sink_size: int | None = None
+    sink_update_rate: float | None = None
+    heavy_ratio: float | None = None
+    recent_ratio: float | None = None
+    peak_ratio: float | None = None
+    eviction_interval: int | None = None
+    sinks: str | None = None
+
+    def given(self) -> dict[str, Any]:
+        """Return what is not left to the strategy, the strategy excluded."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "strategy"}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def spec(self, prompt_tokens: int = 1) -> _core.Spec:
+        """Return the resolved parameters for a prompt of `prompt_tokens` tokens.
+
+        Raises
+        ------
+        ConfigError
+            An unknown strategy, a parameter out of range, or both `cache_size` and `budget`.
+        """
+        if self.strategy not in strategy_names():
+            raise ConfigError(f"strategy {self.strategy!r} is unknown; accepted: {', '.join(strategy_names())}")
+        given = self.given()
+        return make_spec(self.strategy, given.pop("budget", None), prompt_tokens=prompt_tokens, **given)
+
+    def make(self, model: PreTrainedModel, prompt_tokens: int) -> Cache:
+        """Return a fresh cache for prompts of `prompt_tokens` tokens."""
+        return lf.KVCache(model, self.strategy, prompt_tokens=prompt_tokens, **self.given())
+
+
+@dataclass(frozen=True, slots=True)
+class FrameworkCache:
+    """The cache that transformers itself uses: the reference for speed and memory."""
+
+    strategy: str = "transformers DynamicCache"
+
+    def make(self, model: PreTrainedModel, prompt_tokens: int) -> Cache:  # noqa: ARG002 - it grows as it must
+        """Return a fresh cache."""
+        return DynamicCache(config=model.config)
+
+
+CacheMaker = CacheOptions | FrameworkCache
+
+
+def facts(cache: Cache) -> dict[str, int | None]:
+    """Return the bytes a used cache holds, its budget (None: unbounded) and the tokens it has evicted."""
+    if isinstance(cache, lf.KVCache):
+        return {"cache_bytes": cache.nbytes, "budget": cache.spec.budget, "evictions": cache.evictions}
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return {"cache_bytes": sum(t.nbytes for t in tensors if t is not None), "budget": None, "evictions": 0}

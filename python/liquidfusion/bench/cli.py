@@ -1,0 +1,256 @@
+"""The command ``liquidfusion-bench``.
+
+Exit codes: 0 done; 1 the run failed (model, memory, disk); 2 a bad option or value; 130 interrupted.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from liquidfusion.exceptions import ConfigError, LiquidFusionError
+
+app = typer.Typer(
+    help="Measure what a bounded KV cache keeps of a language model, and what it saves.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    epilog="Exit codes: 0 done, 1 the run failed, 2 a bad option or value, 130 interrupted.",
+)
+
+CACHE: dict[str, Any] = {"rich_help_panel": "Cache"}
+INPUT: dict[str, Any] = {"rich_help_panel": "Task and input"}
+OUTPUT: dict[str, Any] = {"rich_help_panel": "Output"}
+
+
+def _strategy_names() -> list[str]:
+    from liquidfusion.bench.caches import strategy_names
+
+    return strategy_names()
+
+
+def _task_names() -> list[str]:
+    from liquidfusion.bench.tasks import TASKS
+
+    return list(TASKS)
+
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="smollm2 (embedded), a local directory or a hub id.", show_default=True)
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, … or mps.")]
+DtypeOption = Annotated[str, typer.Option(help="auto (float32 on CPU), float32, bfloat16 or float16.")]
+OutputOption = Annotated[Path, typer.Option("--output-dir", "-o", help="Where results go.", **OUTPUT)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.", **OUTPUT)]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the path of the result.", **OUTPUT)]
+
+
+def _cache_option(text: str, default: str, **limits: Any) -> Any:
+    return typer.Option(help=text, show_default=default, **CACHE, **limits)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and how it was built.")] = False,
+) -> None:
+    """Handle options that need no command."""
+    if version:
+        from liquidfusion import _core
+
+        typer.echo(" ".join(f"{name}={value}" for name, value in _core.build_info().items()))
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    model: ModelOption = "smollm2",
+    strategy: Annotated[
+        str,
+        typer.Option(
+            "--strategy", "-s", help="What to keep: see `strategies`.", autocompletion=_strategy_names, **CACHE
+        ),
+    ] = "liquid_fusion",
+    cache_size: Annotated[
+        float | None,
+        _cache_option("Cache size in percent of the prompt.", "by --window-size", min=1, max=100),
+    ] = None,
+    budget: Annotated[int | None, _cache_option("Cache size in tokens.", "by --window-size")] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens to write.", show_default="32, or the task's own", **INPUT),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0 takes the likeliest token.", show_default="0", **INPUT)
+    ] = None,
+    window_size: Annotated[int | None, _cache_option("Recent tokens kept when no size is given.", "256")] = None,
+    sink_size: Annotated[int | None, _cache_option("First tokens that always stay.", "4")] = None,
+    sink_update_rate: Annotated[
+        float | None, _cache_option("How fast gathered attention fades; 0: never.", "0.1")
+    ] = None,
+    heavy_ratio: Annotated[float | None, _cache_option("Share of heavy hitters.", "0.2")] = None,
+    recent_ratio: Annotated[float | None, _cache_option("Share of recent tokens.", "0.3")] = None,
+    peak_ratio: Annotated[
+        float | None, _cache_option("Share of the heavy hitters chosen by peak attention.", "0.5")
+    ] = None,
+    eviction_interval: Annotated[int | None, _cache_option("Tokens between two decisions.", "budget / 32")] = None,
+    sinks: Annotated[str | None, _cache_option("pinned or adaptive.", "pinned")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.", **INPUT)] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompt-file", "--data", help="Prompts, text or examples of the task: text, or .jsonl.", **INPUT
+        ),
+    ] = None,
+    task: Annotated[
+        str,
+        typer.Option("--task", "-t", help="What to measure: see `tasks`.", autocompletion=_task_names, **INPUT),
+    ] = "generate",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Prompts, segments or examples.", show_default="the task's own", **INPUT)
+    ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens in a segment or haystack; several for a grid: 1024,4096.",
+            show_default="the task's own",
+            **INPUT,
+        ),
+    ] = None,
+    chunk: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Prompt tokens fed in one call.", show_default="64 or the whole prompt, by task", **INPUT
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows run together.", show_default="the task's own", **INPUT)
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Another option of the task: see `tasks`.", **INPUT),
+    ] = None,
+    baseline: Annotated[
+        bool | None,
+        typer.Option(
+            "--baseline/--no-baseline",
+            help="Measure the full cache, too.",
+            show_default="by task",
+            **INPUT,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seeds everything that is drawn.", **INPUT)] = 0,
+    output_dir: OutputOption = Path("benchmark_results"),
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure one strategy at one cache size on one task, and write the result as JSON."""
+    from liquidfusion.bench import inputs, models, output, results, runner
+    from liquidfusion.bench.caches import CacheOptions
+
+    cache = CacheOptions(
+        strategy=strategy,
+        cache_size=cache_size,
+        budget=budget,
+        window_size=window_size,
+        sink_size=sink_size,
+        sink_update_rate=sink_update_rate,
+        heavy_ratio=heavy_ratio,
+        recent_ratio=recent_ratio,
+        peak_ratio=peak_ratio,
+        eviction_interval=eviction_interval,
+        sinks=sinks,
+    )
+    cache.spec()
+    options = inputs.task_options(
+        runner.find_task(task),
+        prompt=prompt,
+        prompt_file=prompt_file,
+        limit=limit,
+        context=context,
+        chunk=chunk,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        extra=set_ or [],
+    )
+    results.check_writable(output_dir)
+    terminal = output.Terminal(quiet=quiet or as_json)
+    with terminal.waiting(f"loading {model}"):
+        loaded = models.load(model, device=device, dtype=dtype)
+    with terminal.progress(f"{strategy} · {task}") as progress:
+        document = runner.run(loaded, task, cache, baseline=baseline, seed=seed, progress=progress, **options)
+    path = results.save(document, output_dir)
+    if as_json:
+        typer.echo(results.to_json(document), nl=False)
+    elif quiet:
+        typer.echo(path)
+    else:
+        terminal.show(document, path)
+
+
+@app.command()
+def tasks() -> None:
+    """List the tasks and their own options."""
+    from liquidfusion.bench import output
+    from liquidfusion.bench.tasks import TASKS
+
+    rows = [
+        (task.name, task.summary, " ".join(f"{k}={v}" for k, v in task.options().items() if v is not None))
+        for task in TASKS.values()
+    ]
+    output.table(("task", "measures", "options and defaults"), rows)
+
+
+@app.command()
+def strategies() -> None:
+    """List the strategies, what each keeps, and the paper it comes from."""
+    from liquidfusion import _core
+    from liquidfusion.bench import output
+
+    output.table(
+        ("strategy", "keeps", "parameters", "paper"),
+        [
+            (str(s["name"]), str(s["summary"]), ", ".join(map(str, s["parameters"])), str(s["paper"] or ""))
+            for s in _core.strategies()
+        ],
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code; every foreseen error is one line on standard error."""
+    try:
+        outcome = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        return outcome if isinstance(outcome, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted; finished results are kept", 130)
+    except ConfigError as error:
+        return _fail(str(error), 2)
+    except LiquidFusionError as error:
+        return _fail(str(error), 1)
+    except BrokenPipeError:
+        # the reader of our output left: nothing to tell it, and the interpreter must not try again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _fail(f"{error.filename or 'system'}: {error.strerror or error}", 1)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a bad command line
+            return _fail(f"{error.format_message()} (try --help)", getattr(error, "exit_code", 2))
+        if type(error).__name__ == "OutOfMemoryError":
+            return _fail(f"out of memory: {str(error).splitlines()[0]}", 1)
+        raise
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stdout.flush()
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""What a person sees: progress on standard error, results on standard output."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from liquidfusion.bench.tasks.task import Progress as Report
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """Return a figure as people read it: three digits that count, bytes in binary units."""
+    if value is None:
+        return "-"
+    if unit == "bytes":
+        for name in ("B", "KiB", "MiB", "GiB"):
+            if abs(value) < 1024 or name == "GiB":
+                return f"{value:.3g} {name}" if abs(value) < 1000 else f"{value:.0f} {name}"
+            value /= 1024
+    if value == int(value) and abs(value) < 1e15:
+        return f"{value:,.0f} {unit}".strip()
+    digits = max(0, 3 - len(str(int(abs(value))))) if abs(value) >= 1 else 3
+    return f"{value:,.{digits}f} {unit}".strip()
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table on standard output."""
+    grid = Table(*header, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        grid.add_row(*(Text(cell) for cell in row))
+    Console().print(grid)
+
+
+class Terminal:
+    """Progress and results on a terminal.
+
+    Parameters
+    ----------
+    quiet
+        Show no progress.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._errors = Console(stderr=True, quiet=quiet)
+
+    @contextlib.contextmanager
+    def waiting(self, message: str) -> Iterator[None]:
+        """Show that something is going on."""
+        with self._errors.status(message) if self._errors.is_terminal else contextlib.nullcontext():
+            yield
+
+    @contextlib.contextmanager
+    def progress(self, label: str) -> Iterator[Report]:
+        """Show a bar with the time left; call what it yields with the steps done and the steps in all."""
+        bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeRemainingColumn(),
+            console=self._errors,
+            transient=True,
+            disable=self._errors.quiet or not self._errors.is_terminal,
+        )
+        with bar:
+            row = bar.add_task(label, total=None)
+            yield lambda done, total: bar.update(row, completed=done, total=total)
+
+    def show(self, document: dict[str, Any], path: Path) -> None:
+        """Print a result: the text of its first request if it has one, its figures, and where it is."""
+        out, metadata = Console(), document["metadata"]
+        text = document["results"][0]["result"]["choices"][0]["text"]
+        if text:
+            out.print(Text(text.strip()), style="italic")
+            out.print()
+        with_full = any(metric["full"] is not None for metric in document["metrics"].values())
+        grid = Table(box=None, pad_edge=False, header_style="bold")
+        grid.add_column(_title(metadata))
+        grid.add_column("value", justify="right")
+        grid.add_column("95 % interval")
+        if with_full:
+            grid.add_column("full cache", justify="right")
+        for name, metric in document["metrics"].items():
+            interval = "" if metric["low"] is None else f"{number(metric['low'])} … {number(metric['high'])}"
+            cells = [name.replace("_", " "), number(metric["value"], metric["unit"]), interval]
+            if with_full:
+                cells.append("" if metric["full"] is None else number(metric["full"], metric["unit"]))
+            grid.add_row(*cells)
+        out.print(grid)
+        out.print(Text(str(path)), style="dim", soft_wrap=True)
+
+
+def _title(metadata: dict[str, Any]) -> str:
+    used = metadata["budgets_used"]
+    size = "unbounded" if not used else f"budget {used[0]}" if len(used) == 1 else f"budgets {used[0]} to {used[-1]}"
+    return f"{metadata['strategy']}, {size} · {metadata['model_name']}"

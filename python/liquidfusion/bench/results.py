@@ -1,0 +1,114 @@
+"""The result file: its structure, its name, and writing it so that a torn file never exists."""
+
+import json
+import math
+import os
+import re
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` to `path`: whole, or not at all.
+
+    The text goes to a temporary file in the same directory, is flushed to the disk, and then takes the name at once.
+
+    Raises
+    ------
+    OSError
+        The directory cannot be written or the disk is full; `path` is then as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def to_json(document: object) -> str:
+    """Return `document` as strict JSON: numbers that JSON does not know (NaN, infinities) become null."""
+    return json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def file_name(strategy: str, model: str, size: str, when: datetime) -> str:
+    """Return ``benchmark_results_{strategy}_{model}_{cache_size}_{timestamp}.json``, safe on every file system."""
+    safe = re.sub(r"[^A-Za-z0-9.-]+", "-", model).strip("-.") or "model"
+    return f"benchmark_results_{strategy}_{safe}_{size}_{when:%Y%m%dT%H%M%S%f}.json"
+
+
+def save(document: dict[str, Any], directory: Path) -> Path:
+    """Write a result document into `directory` under its own name and return the path."""
+    metadata = document["metadata"]
+    name = file_name(
+        metadata["strategy"], metadata["model_name"], size_label(metadata["cache_size"], metadata["budget"]), now()
+    )
+    path = directory / name
+    write_atomic(path, to_json(document))
+    return path
+
+
+def size_label(cache_size: float | None, budget: int | None) -> str:
+    """Return how a file name says the size: ``20`` (percent), ``512t`` (tokens) or ``default``."""
+    if cache_size is not None:
+        return f"{cache_size:g}"
+    return "default" if budget is None else f"{budget}t"
+
+
+def now() -> datetime:
+    """Return the time, in UTC."""
+    return datetime.now(UTC)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a result file.
+
+    Raises
+    ------
+    ValueError
+        The file is not a result of this program.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(document, dict) or not {"metadata", "results", "metrics"} <= document.keys():
+        raise ValueError(f"{path} is not a benchmark result: it needs metadata, results and metrics")
+    return document
+
+
+def check_writable(directory: Path) -> None:
+    """Make sure, before any work, that results can be written into `directory`.
+
+    Raises
+    ------
+    OSError
+        They cannot.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory):
+        pass

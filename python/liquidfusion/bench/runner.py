@@ -1,0 +1,150 @@
+"""One measurement from start to result document, as the command line and Python both run it."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from liquidfusion.bench import machine, results
+from liquidfusion.bench.caches import CacheOptions
+from liquidfusion.bench.models import Loaded
+from liquidfusion.bench.tasks import TASKS
+from liquidfusion.bench.tasks.task import Progress, Record, Task
+from liquidfusion.exceptions import ConfigError
+
+
+def find_task(name: str) -> Task:
+    """Return a task by its name.
+
+    Raises
+    ------
+    ConfigError
+        There is no such task; the message lists them.
+    """
+    if name not in TASKS:
+        raise ConfigError(f"task {name!r} is unknown; accepted: {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def run(
+    loaded: Loaded,
+    task: str = "generate",
+    cache: CacheOptions | None = None,
+    *,
+    baseline: bool | None = None,
+    full: Sequence[Record] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Measure one task with one cache and return the result document.
+
+    Parameters
+    ----------
+    loaded
+        From :func:`liquidfusion.bench.models.load`.
+    task
+        A name from :data:`liquidfusion.bench.tasks.TASKS`.
+    cache
+        The cache to measure; None: the default strategy and size.
+    baseline
+        Measure the full cache, too, and put its figures beside; None: as is usual for the task.
+    full
+        Records of the full cache measured before with the same options; then it is not measured again.
+    seed
+        Seeds everything that is drawn.
+    progress
+        Called with steps done and steps in all.
+    options
+        Keyword options of the task; None leaves a default.
+
+    Returns
+    -------
+    dict
+        ``metadata``, ``results`` and ``metrics``, ready for :func:`liquidfusion.bench.results.save`.
+
+    Raises
+    ------
+    ConfigError
+        An unknown task or option, or a value out of range.
+    """
+    chosen = find_task(task)
+    cache = cache or CacheOptions()
+    cache.spec()
+    known = chosen.options()
+    given = {name: value for name, value in options.items() if value is not None}
+    unknown = sorted(given.keys() - known.keys())
+    if unknown:
+        raise ConfigError(f"task {task!r} has no option {unknown[0]!r}; accepted: {', '.join(known)}")
+    _check(given)
+    if "seed" in known:
+        given["seed"] = seed
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    records = chosen.measure(loaded.model, loaded.tokenizer, cache, progress=progress, **given)
+    seconds = time.perf_counter() - start
+    if full is None and (chosen.baseline if baseline is None else baseline):
+        if cache.strategy == "full" and chosen.reference == CacheOptions(strategy="full"):
+            full = records
+        else:
+            full = chosen.measure(loaded.model, loaded.tokenizer, chosen.reference, progress=progress, **given)
+    figures = chosen.metrics(records, full)
+    return {
+        "metadata": _metadata(loaded, task, cache, {**known, **given}, seed, seconds, records),
+        "results": records,
+        "metrics": {name: metric.as_dict() for name, metric in figures.items()},
+    }
+
+
+def _check(options: dict[str, Any]) -> None:
+    for name in ("limit", "context", "chunk", "batch_size", "max_tokens"):
+        value = options.get(name)
+        if value is not None and any(item < 1 for item in (value if isinstance(value, list | tuple) else [value])):
+            raise ConfigError(f"{name} {value} is not at least 1")
+    if options.get("temperature", 0) < 0:
+        raise ConfigError(f"temperature {options['temperature']:g} is negative; 0 or more is accepted")
+
+
+def _metadata(
+    loaded: Loaded,
+    task: str,
+    cache: CacheOptions,
+    options: dict[str, Any],
+    seed: int,
+    seconds: float,
+    records: Sequence[Record],
+) -> dict[str, Any]:
+    device = loaded.model.device
+    spec = cache.spec()
+    budgets = sorted({b for item in records if (b := item["result"]["scores"].get("budget")) is not None})
+    return {
+        "model_name": loaded.name,
+        "strategy": cache.strategy,
+        "cache_size": cache.cache_size,
+        "budget": cache.budget,
+        "budgets_used": budgets,
+        "attention_type": "liquidfusion",
+        **{name: spec.params.get(name) for name in _PARAMETERS},
+        "task": task,
+        "task_options": {name: value for name, value in options.items() if name not in ("text", "prompts", "seed")},
+        "seed": seed,
+        "device": str(device),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "created": results.now().isoformat(timespec="seconds"),
+        "seconds": seconds,
+        "versions": machine.versions(),
+        "machine": machine.describe(device),
+    }
+
+
+_PARAMETERS = (
+    "window_size",
+    "sink_size",
+    "sink_update_rate",
+    "heavy_ratio",
+    "recent_ratio",
+    "peak_ratio",
+    "eviction_interval",
+    "sinks",
+)

@@ -1,0 +1,159 @@
+"""``perplexity``: how well the model predicts a text that streams through its cache."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own habit
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from liquidfusion.bench import decoding
+from liquidfusion.bench.caches import CacheMaker, CacheOptions, facts
+from liquidfusion.bench.stats import Metric, bootstrap
+from liquidfusion.bench.tasks.task import Progress, Record, Task, record, scores, shorten
+from liquidfusion.bench.texts import reference_text
+from liquidfusion.exceptions import ConfigError
+
+_BLOCK = 64
+"""Tokens whose mean is one sample of the bootstrap: long enough to be nearly independent of its neighbours."""
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    cache: CacheMaker = CacheOptions(),  # noqa: B008 - frozen
+    *,
+    text: str | None = None,
+    limit: int = 4,
+    context: int = 2048,
+    chunk: int = 64,
+    batch_size: int = 4,
+    progress: Progress | None = None,
+) -> list[Record]:
+    """Feed segments of a text, teacher-forced, and score the last three quarters of each.
+
+    Parameters
+    ----------
+    text
+        The text; None: the reference text of Python's standard library.
+    limit
+        Segments, taken from the beginning of the text.
+    context
+        Tokens in a segment. A percentage as cache size refers to it.
+    chunk
+        Tokens fed in one call. Eviction happens between calls, so 1 measures eviction while decoding.
+    batch_size
+        Segments fed together.
+
+    Returns
+    -------
+    list of Record
+        ``scores``: ``nll``, the mean negative log-likelihood of each block of 64 tokens, and ``counts``, their tokens.
+
+    Raises
+    ------
+    ConfigError
+        The text is too short for one segment.
+    """
+    begin = decoding.prefix(tokenizer)
+    body = context - len(begin)
+    tokens = decoding.encode(tokenizer, reference_text() if text is None else text)
+    rows = [begin + tokens[at : at + body] for at in range(0, min(limit * body, len(tokens) - body + 1), body)]
+    if not rows:
+        raise ConfigError(f"the text has {len(tokens)} tokens, too few for one segment of {context}")
+    first = context // 4
+    records: list[Record] = []
+    for at in range(0, len(rows), batch_size):
+        batch = rows[at : at + batch_size]
+        start = time.perf_counter()
+        base = at * context
+
+        def report(done: int, base: int = base, size: int = len(batch)) -> None:
+            if progress is not None:
+                progress(base + done * size, len(rows) * context)
+
+        store = cache.make(model, context)
+        nll = stream_nll(model, torch.tensor(batch, device=model.device), store, chunk, report)
+        seconds = time.perf_counter() - start
+        for row, losses in zip(batch, nll[:, first - 1 :].tolist(), strict=True):
+            blocks = [losses[i : i + _BLOCK] for i in range(0, len(losses), _BLOCK)]
+            records.append(
+                record(
+                    shorten(tokenizer.decode(row)),
+                    {
+                        "nll": [float(np.mean(block)) for block in blocks],
+                        "counts": [len(block) for block in blocks],
+                        **facts(store),
+                    },
+                    seconds=seconds,
+                    batch_size=len(batch),
+                    tokens=context,
+                )
+            )
+    return records
+
+
+def stream_nll(
+    model: PreTrainedModel, ids: Tensor, cache: Cache, chunk: int, report: Callable[[int], None] | None = None
+) -> Tensor:
+    """Return the negative log-likelihood of every token but the first, float32 ``[batch, tokens - 1]``.
+
+    Parameters
+    ----------
+    ids
+        int64 ``[batch, tokens]``.
+    cache
+        A fresh cache.
+    report
+        Called with the tokens of each row fed so far.
+    """
+    stream = decoding.Stream(model, cache)
+    losses, previous = [], None
+    for at in range(0, ids.shape[1], chunk):
+        part = ids[:, at : at + chunk]
+        logits = stream.feed(part).float()
+        if previous is not None:
+            losses.append(F.cross_entropy(previous, part[:, 0], reduction="none")[:, None])
+        if part.shape[1] > 1:
+            losses.append(F.cross_entropy(logits[:, :-1].transpose(1, 2), part[:, 1:], reduction="none"))
+        previous = logits[:, -1]
+        if report is not None:
+            report(min(at + chunk, ids.shape[1]))
+    return torch.cat(losses, 1).cpu()
+
+
+def metrics(records: Sequence[Record], full: Sequence[Record] | None = None) -> dict[str, Metric]:
+    """Return perplexity and, with the full cache's records, its ratio to theirs (paired, block by block)."""
+    nll = np.concatenate(scores(records, "nll") or [])
+    counts = np.concatenate(scores(records, "counts") or [])
+    mean, low, high = bootstrap(nll, weights=counts)
+    found = {}
+    if full is None:
+        found["perplexity"] = Metric(math.exp(mean), "", math.exp(low), math.exp(high))
+    else:
+        reference = np.concatenate(scores(full, "nll") or [])
+        of_full = math.exp(float(np.average(reference, weights=counts)))
+        found["perplexity"] = Metric(math.exp(mean), "", math.exp(low), math.exp(high), of_full)
+        mean, low, high = bootstrap(nll - reference, weights=counts)
+        found["perplexity_ratio"] = Metric(math.exp(mean), "x full", math.exp(low), math.exp(high), 1.0)
+    times = [item["result"]["request_time"] for item in records]
+    seconds = sum(entry["batch_time"] / entry["batch_size"] for entry in times)
+    tokens = sum(item["request"]["tokens"] for item in records)
+    found["tokens_per_second"] = Metric(tokens / seconds, "tokens/s")
+    return found
+
+
+TASK = Task(
+    name="perplexity",
+    summary="predict a text that streams through the cache, teacher-forced",
+    measure=perplexity,
+    metrics=metrics,
+    reference=CacheOptions(strategy="full"),
+    baseline=True,
+    main="perplexity",
+)
