@@ -1,0 +1,304 @@
+"""Decode on CUDA: one graph per step, and victims that are chosen beside it.
+
+The device consumes reuse queues through a ring of `2 * interval` slot numbers per (layer, row, kv head). Every
+`interval` steps the scores are copied to pinned memory on a second stream, the Rust core chooses victims while the next
+step runs, and they go into the half of the ring that is already consumed. A slot is only ever reused through the ring, at
+a step fixed beforehand, so the overlapped run equals the stalling one bit for bit.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from liquidfusion import _core, attention, kernels
+from liquidfusion.exceptions import CacheError
+from liquidfusion.store import Layer, Scores, Store
+
+GRAPH_INPUTS = frozenset(
+    {
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        "cache",
+        "past_key_values",
+        "use_cache",
+        "return_dict",
+        "logits_to_keep",
+    }
+)
+"""Arguments of `forward` under which the captured graph computes what an eager call would."""
+
+
+class DecodeCall:
+    """The running call as the attention layers see it: every layer goes through the decode kernel."""
+
+    def __init__(self, store: Store, spec: _core.Spec, ring: Tensor, used: Tensor, seen: Tensor) -> None:
+        # Plain values and lists: torch.compile traces through this object.
+        self.layers: list[Layer] = [layer for layer in store.layers if layer is not None]
+        self.rings = list(ring.unbind())
+        self.used, self.seen = used, seen
+        self.mass_decay, self.peak_decay = spec.mass_decay, spec.peak_decay
+        self.value_weighted = spec.value_weighted
+        self.layer = -1
+        self.attended = 0
+
+    def take(self, layer: int) -> None:
+        """Note which layer attends next."""
+        self.layer = layer
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+        """Write and attend one token per row: `[batch, heads, 1, head_dim]` in and out."""
+        layer = self.layers[self.layer]
+        self.attended += 1
+        out = kernels.decode(
+            query[:, :, 0],
+            key[:, :, 0],
+            value[:, :, 0],
+            layer.keys,
+            layer.values,
+            layer.positions,
+            layer.mass,
+            layer.peak,
+            self.rings[self.layer],
+            self.used,
+            self.seen,
+            scale=scale,
+            mass_decay=self.mass_decay,
+            peak_decay=self.peak_decay,
+            value_weighted=self.value_weighted,
+            softcap=softcap,
+            window=window,
+        )
+        return out[:, :, None]
+
+
+class Decoder:
+    """Runs decode steps on one CUDA device while the host's ledger follows behind.
+
+    Parameters
+    ----------
+    store : Store
+        Slots; all layers on one device.
+    graph : bool
+        Capture the step in a CUDA graph at the second step; the first one warms up, and both are real.
+    compile : bool
+        Let torch.compile fuse what lies between the kernels.
+    overlap : bool
+        False: wait for each decision instead of running beside it. Same results, slower.
+    """
+
+    def __init__(self, store: Store, graph: bool, compile: bool, overlap: bool) -> None:  # noqa: A002
+        self.store, self.spec = store, store.spec
+        self.graph, self.compile, self.overlap = graph, compile, overlap
+        layer = store.layers[0]
+        assert layer is not None
+        self.device = layer.keys.device
+        self._gpu = self.device.type == "cuda"
+        ring = (*store.written.shape, 2 * self.spec.interval)
+        with torch.inference_mode(False):
+            self.ring = torch.zeros(ring, dtype=torch.int32, device=self.device)
+            self._ring_host = torch.zeros(ring, dtype=torch.int32, pin_memory=self._gpu)
+            self._peeked = torch.zeros(ring, dtype=torch.int32)
+            self.used = torch.zeros(store.batch, dtype=torch.int32, device=self.device)
+            self.seen = torch.zeros(store.batch, dtype=torch.int32, device=self.device)
+            self._ids = torch.zeros((store.batch, 1), dtype=torch.int64, device=self.device)
+            self._positions = torch.zeros((store.batch, 1), dtype=torch.int64, device=self.device)
+        self._staging: Scores | None = None
+        if self._gpu:
+            self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            self._ledger_copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._ring_copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.running = False
+        self._steps = 0  # since `start`, all launched
+        self._replayed = 0  # of them, known to the host's ledger
+        self._due = 0  # step after which the ring must be refilled
+        self._deciding = False
+        self._forward: Callable[..., Any] | None = None
+        self._captured: tuple[torch.cuda.CUDAGraph, Any] | None = None
+        self._warm = False
+        self._call = DecodeCall(store, self.spec, self.ring, self.used, self.seen)
+
+    @property
+    def pending(self) -> int:
+        """Steps that the host's ledger does not know of yet."""
+        return self._steps - self._replayed
+
+    def start(self) -> None:
+        """Take over from the host's ledger, which is complete."""
+        if self.running:
+            return
+        self.running = True
+        self._steps = self._replayed = 0
+        self.used.zero_()
+        self.seen.copy_(torch.tensor(self.store.ledger.seen, dtype=torch.int32))
+        if self._gpu:
+            self._copies.wait_stream(torch.cuda.current_stream(self.device))
+        self._refill()
+        if self._gpu:
+            torch.cuda.current_stream(self.device).wait_event(self._ring_copied)
+
+    def stop(self) -> None:
+        """Bring the host's ledger up to date and hand over to it."""
+        if not self.running:
+            return
+        self._join()
+        self._replay(last_open=False)
+        self.running = False
+
+    def abandon(self) -> None:
+        """Forget the steps taken: the slots are emptied next."""
+        if self._gpu:
+            torch.cuda.synchronize(self.device)
+        self._deciding = self.running = False
+
+    def step(self, forward: Callable[..., Any], inputs: dict[str, Any], columns: int) -> Any:
+        """Run one decode step.
+
+        Parameters
+        ----------
+        forward : callable
+            The model's own forward.
+        inputs : dict
+            The call's arguments by name; one column, every row real.
+        columns : int
+            Columns that the cache has seen before.
+
+        Returns
+        -------
+        ModelOutput
+            The caller's own: a later step does not change it.
+        """
+        self.start()
+        if self._gpu:
+            torch.cuda.current_stream(self.device).wait_event(self._ring_copied)
+        plain = set(inputs) <= GRAPH_INPUTS and inputs.get("return_dict") is not False
+        if self.graph and self._gpu and plain and inputs.get("input_ids") is not None:
+            output = self._graph_step(forward, inputs, columns)
+        else:
+            output = self._run(forward, inputs)
+        self._steps += 1
+        self._join()
+        if self._steps >= self._due:
+            self._decide()
+        return output
+
+    def _run(self, forward: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        self._call.attended = 0
+        token = attention.current.set(self._call)
+        attention.traced = self._call
+        try:
+            output = forward(**inputs)
+        finally:
+            attention.current.reset(token)
+            attention.traced = None
+        self.used.add_(1)
+        self.seen.add_(1)
+        return output
+
+    def _graph_step(self, forward: Callable[..., Any], inputs: dict[str, Any], columns: int) -> Any:
+        self._ids.copy_(inputs["input_ids"])
+        position_ids = inputs.get("position_ids")
+        if position_ids is None:
+            self._positions.fill_(columns)
+        else:
+            self._positions.copy_(position_ids)
+        static = {k: v for k, v in inputs.items() if k not in ("attention_mask", "input_ids", "position_ids")}
+        static |= {"input_ids": self._ids, "position_ids": self._positions}
+        if self._forward is None:
+            # The step bound by memory, one token per row: a matrix product of one row is best a fused reduction.
+            options: dict[str, Any] = {"coordinate_descent_tuning": self.store.batch == 1}
+            self._forward = torch.compile(forward, dynamic=False, options=options) if self.compile else forward
+        if not self._warm:
+            self._warm = True
+            return self._run(self._forward, static)
+        if self._captured is None:
+            graph = torch.cuda.CUDAGraph()
+            try:
+                torch.cuda.synchronize(self.device)
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    output = self._run(self._forward, static)
+            except RuntimeError as error:
+                self.graph = False
+                warnings.warn(f"CUDA graph capture failed, decoding without it: {error}", RuntimeWarning, stacklevel=2)
+                return self._run(forward, inputs)
+            self._captured = (graph, output)
+        graph, output = self._captured
+        graph.replay()
+        return _own(output)
+
+    def _decide(self) -> None:
+        """At a watermark: let the host's ledger catch up and, where a queue runs low, start copying the scores."""
+        self._replay(last_open=True)
+        ledger = self.store.ledger
+        if self.spec.scored and min(ledger.queue_lengths()) <= self.spec.interval:
+            self._deciding = True
+            self._copy_scores()
+            if not self.overlap or not self._gpu:
+                self._join()
+            else:
+                self._due = self._steps + 2 * self.spec.interval  # set for good when the decision is joined
+        else:
+            ledger.finish()
+            self._refill()
+
+    def _copy_scores(self) -> None:
+        mirror = self.store.mirrors[self.device]
+        if not self._gpu:
+            self.store.host.copy_scores(mirror)
+            return
+        if self._staging is None:
+            self._staging = Scores.empty(mirror.positions.shape, self.spec.scored, self.device)
+        self._staging.copy_scores(mirror)
+        self._copies.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._copies):
+            self.store.host.copy_scores(self._staging)
+            self._ledger_copied.record(self._copies)
+
+    def _join(self) -> None:
+        """Finish the decision under way, if any, and send its victims to the ring."""
+        if not self._deciding:
+            return
+        self._deciding = False
+        if self._gpu:
+            self._ledger_copied.synchronize()
+        self.store.ledger.finish()
+        self._refill()
+
+    def _refill(self) -> None:
+        """Write the queue's first entries into the ring; what is there already is written again unchanged."""
+        ledger, size = self.store.ledger, self._peeked.shape[3]
+        if self._gpu:
+            self._ring_copied.synchronize()  # the pinned buffer is free again
+        ledger.peek(self._peeked, [0] * self.store.batch)
+        self._ring_host.copy_(self._peeked.roll(self._replayed % size, 3))
+        self._due = self._replayed + min(size, *ledger.queue_lengths()) - self.spec.interval
+        if not self._gpu:
+            self.ring.copy_(self._ring_host)
+            return
+        with torch.cuda.stream(self._copies):
+            self.ring.copy_(self._ring_host, non_blocking=True)
+            self._ring_copied.record(self._copies)
+
+    def _replay(self, last_open: bool) -> None:
+        """Tell the host's ledger of the steps since; the last one stays open for the decision that follows it."""
+        ledger, ones = self.store.ledger, [1] * self.store.batch
+        for step in range(self._replayed, self._steps):
+            ledger.begin(ones, self.store.written)
+            if step + 1 < self._steps or not last_open:
+                if min(ledger.queue_lengths()) <= self.spec.interval and step + 1 < self._steps:
+                    raise CacheError("a decision was missed: this is a defect of liquidfusion")
+                ledger.finish()
+        self._replayed = self._steps
+
+
+def _own(output: Any) -> Any:
+    """A copy of a captured output that the next replay does not overwrite."""
+    if not isinstance(output, ModelOutput):
+        return output
+    return type(output)(**{k: v.clone() if isinstance(v, Tensor) else v for k, v in output.items()})

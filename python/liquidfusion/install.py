@@ -1,0 +1,87 @@
+"""One reversible wrapper on `model.forward`, active only for calls that carry a KVCache."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from liquidfusion import attention, models
+from liquidfusion.exceptions import CacheError
+
+if TYPE_CHECKING:
+    from liquidfusion.cache import KVCache
+
+CACHE_KEYWORDS = ("cache", "past_key_values")
+"""Names under which transformers passes a cache to `forward`: 5.24 and newer, and 5.17."""
+
+_MARK = "_liquidfusion_original"
+
+
+def cache_keyword(model: PreTrainedModel) -> str:
+    """Name of the cache argument of `model.forward` (and of `model.generate`) in the transformers version at hand."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in CACHE_KEYWORDS if name in parameters), CACHE_KEYWORDS[0])
+
+
+def install(model: PreTrainedModel, cache_type: type[KVCache]) -> None:
+    """Wrap `model.forward`; a model that is wrapped already stays as it is.
+
+    The wrapper passes every call without a KVCache on untouched. `uninstall` takes it off again.
+    """
+    if hasattr(model.forward, _MARK):
+        return
+    attention.register()
+    had_own = "forward" in model.__dict__
+    original = model.forward
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        cache = next((kwargs[name] for name in CACHE_KEYWORDS if isinstance(kwargs.get(name), cache_type)), None)
+        if cache is None and any(isinstance(value, cache_type) for value in args):
+            cache = next(value for value in args if isinstance(value, cache_type))
+        if cache is None:
+            return original(*args, **kwargs)
+        if cache.model is not model:
+            raise CacheError(
+                f"this KVCache was built for another {type(cache.model).__name__}; build one for this model"
+            )
+        bound = signature.bind_partial(*args, **kwargs)
+        for parameter in signature.parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                bound.arguments.update(bound.arguments.pop(parameter.name, {}))
+        return cache.run(bound.arguments, original)
+
+    setattr(forward, _MARK, (original if had_own else None,))
+    model.forward = forward
+
+
+def uninstall(model: PreTrainedModel) -> None:
+    """Take the wrapper off `model.forward`; a model without one stays as it is.
+
+    Caches built for the model can no longer be used with it.
+    """
+    mark: tuple[Callable[..., Any] | None] | None = getattr(model.forward, _MARK, None)
+    if mark is None:
+        return
+    if mark[0] is None:
+        del model.__dict__["forward"]
+    else:
+        model.forward = mark[0]
+
+
+@contextmanager
+def switched(model: PreTrainedModel) -> Iterator[None]:
+    """Run the decoder's attention layers through the "liquidfusion" implementation inside this context."""
+    config = models.text_config(model)
+    previous = config._attn_implementation
+    try:
+        config._attn_implementation = attention.IMPLEMENTATION
+        yield
+    finally:
+        config._attn_implementation = previous
