@@ -284,7 +284,7 @@ def _score_tiles(
     shift,
     ratios,
     shift_start,
-    ratio_start,
+    log_ratio,
     ages,
     column_ages,
     columns,
@@ -338,12 +338,18 @@ def _score_tiles(
             peak = tl.maximum(peak, tl.max(p, 1))
             mass += tl.sum(p, 1)
         else:
-            other = p * ratios.load([ratio_start + tile * BLOCK_Q])[None, :]
+            # The other decay: read where padding makes the ages uneven, else a vector in registers times one power per tile.
+            if GENERAL:
+                other = p * tl.load(ratios + i)[None, :]
+                power = 1.0
+            else:
+                other = p * tl.exp2((BLOCK_Q - 1 - tl.arange(0, BLOCK_Q)) * log_ratio)[None, :]
+                power = tl.exp2((queries - (tile + 1) * BLOCK_Q) * log_ratio)
             if FOLDED == "peak":
                 peak = tl.maximum(peak, tl.max(p, 1))
-                mass += tl.sum(other, 1)
+                mass += tl.sum(other, 1) * power
             else:
-                peak = tl.maximum(peak, tl.max(other, 1))
+                peak = tl.maximum(peak, tl.max(other, 1) * power)
                 mass += tl.sum(p, 1)
     return mass, peak
 
@@ -447,7 +453,8 @@ def _score(
     sums = tl.zeros([BLOCK_K], tl.float32)
     maxima = tl.zeros([BLOCK_K], tl.float32)
     shift_start = (row * kv_heads + head) * tiles * (BLOCK_G * BLOCK_Q)
-    ratio_start = row * tiles * BLOCK_Q
+    ratios += wide_row * tiles * BLOCK_Q
+    log_ratio = -tl.abs(log_mass_decay - log_peak_decay)
     GENERAL: tl.constexpr = PADDED or WINDOWED
     if not GENERAL:
         sums, maxima = _score_tiles(
@@ -456,7 +463,7 @@ def _score(
             shift,
             ratios,
             shift_start,
-            ratio_start,
+            log_ratio,
             ages,
             column_ages,
             columns,
@@ -490,7 +497,7 @@ def _score(
         shift,
         ratios,
         shift_start,
-        ratio_start,
+        log_ratio,
         ages,
         column_ages,
         columns,
@@ -670,10 +677,10 @@ def _tiles(q: Tensor, group: int) -> tuple[int, int, int, int]:
     """Choose (columns, query rows of all heads of a group, warps, stages) of a tile of `_score`."""
     heads = triton.next_power_of_2(group)
     if q.device.type != "cuda":
-        return 32, max(16, 4 * heads), 4, 1
+        return 32, max(16, heads), 4, 1
     if q.dtype == torch.float32:
-        return (32, max(32, 4 * heads), 4, 1) if q.shape[-1] > 128 else (64, max(32, 4 * heads), 4, 2)
-    return (128, max(64, 4 * heads), 8, 2) if q.shape[-1] > 128 else (128, max(128, 4 * heads), 8, 2)
+        return (32, max(32, heads), 4, 1) if q.shape[-1] > 128 else (64, max(32, heads), 4, 2)
+    return (128, max(64, heads), 8, 2) if q.shape[-1] > 128 else (128, max(128, heads), 8, 2)
 
 
 def _scores(
@@ -712,6 +719,7 @@ def _scores(
     new_mass = torch.empty((batch, kv_heads, slots + queries), **new)
     new_peak = torch.empty_like(new_mass)
     slow, fast = max(mass_decay, peak_decay), min(mass_decay, peak_decay)
+    padded = padded or fast < 0.9  # the powers of so fast a decay overflow in the last tile of the shorter path
     _prepare[(tiles, kv_heads, batch)](
         lse,
         ages,
@@ -738,7 +746,7 @@ def _scores(
         ends,
         counts,
         TensorDescriptor(shift, [shift.numel()], [1], [rows]),
-        TensorDescriptor(ratios, [ratios.numel()], [1], [block_q]),
+        ratios,
         mass,
         peak,
         new_mass,
