@@ -6,6 +6,7 @@
 use std::cell::RefCell;
 use std::sync::Mutex;
 
+use crate::average::Average;
 use crate::decide::{BadScore, Rule, Scores, Scratch, find_bad};
 use crate::error::{Error, Result, fail};
 use crate::spec::Spec;
@@ -14,6 +15,7 @@ use crate::view::{View, ViewMut};
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
+    static LOOKS: RefCell<Vec<f32>> = RefCell::default();
 }
 
 /// Extents of the slot tensors.
@@ -77,6 +79,7 @@ impl Call {
 #[derive(Debug, Clone)]
 pub struct Ledger {
     spec: Spec,
+    average: Option<Average>,
     shape: Shape,
     /// Rings of slots, one of `slots` entries per layer, row and head. All of a row share `start` and `len`.
     queues: Vec<i32>,
@@ -93,6 +96,7 @@ impl Ledger {
     pub fn new(spec: Spec, shape: Shape, threads: usize) -> Result<Self> {
         check_shape(&spec, shape)?;
         let mut ledger = Self {
+            average: Average::of(&spec),
             spec,
             shape,
             queues: vec![0; shape.lanes() * shape.slots],
@@ -313,7 +317,7 @@ impl Ledger {
                 }),
             };
             let place = || format!("layer {layer}, row {b}, head {}", i % heads);
-            if let Err(error) = lane.decide(&self.spec, plan, place) {
+            if let Err(error) = lane.decide(&self.spec, self.average.as_ref(), plan, place) {
                 note(&failure, i, error);
             }
         });
@@ -384,7 +388,7 @@ impl Ledger {
         let mut chosen = 0;
         if due.iter().any(|&victims| victims > 0) {
             let rule = Rule { split: self.spec.split(per_lane - 2 * interval), sinks: self.spec.sinks() };
-            let (seen, failure) = (&self.seen, Mutex::new(None));
+            let (seen, average, failure) = (&self.seen, self.average.as_ref(), Mutex::new(None));
             let positions = &*slots.positions;
             let scores = slots.scores.as_ref().map(|(mass, peak)| (&**mass, &**peak));
             let scores = scores.filter(|_| self.spec.strategy().scored());
@@ -398,7 +402,7 @@ impl Ledger {
                 let scores = scores.map(|(mass, peak)| Scores { mass: &mass[here.clone()], peak: &peak[here] });
                 let place = || format!("layer {}, row {b}, head {}", lane / heads / batch, lane % heads);
                 let (start, len) = rings[b];
-                if let Err(error) = choose(positions, scores, seen[b], rule, due[b], ring, start, len, place) {
+                if let Err(error) = choose(positions, scores, seen[b], rule, average, due[b], ring, start, len, place) {
                     note(&failure, lane, error);
                 }
             });
@@ -622,7 +626,13 @@ struct Lane<'a> {
 
 impl Lane<'_> {
     /// Fill `plan` with the column that goes into each slot.
-    fn decide(&self, spec: &Spec, plan: &mut [i32], place: impl Fn() -> String) -> Result<()> {
+    fn decide(
+        &self,
+        spec: &Spec,
+        average: Option<&Average>,
+        plan: &mut [i32],
+        place: impl Fn() -> String,
+    ) -> Result<()> {
         let slots = self.positions.len();
         let stored = self.positions.iter().filter(|&&p| p >= 0).count();
         if stored != self.seen_before.min(slots) {
@@ -641,8 +651,7 @@ impl Lane<'_> {
             let scores = self.scores.filter(|_| spec.strategy().scored());
             if stored + self.len > slots {
                 let rule = Rule { split: spec.split(slots), sinks: spec.sinks() };
-                scratch
-                    .decide(before + self.len as i32, rule, scores)
+                judge(scratch, self.seen_before + self.len, rule, scores, average)
                     .map_err(|bad| score_error(bad, scores, &place))?;
             } else {
                 scratch.victims.clear();
@@ -666,6 +675,23 @@ impl Lane<'_> {
     }
 }
 
+/// Decide about the candidates in `scratch`, by average looks where the strategy wants them.
+fn judge(
+    scratch: &mut Scratch,
+    seen: usize,
+    rule: Rule,
+    scores: Option<Scores<'_>>,
+    average: Option<&Average>,
+) -> std::result::Result<(), BadScore> {
+    let (Some(average), Some(Scores { mass, peak })) = (average, scores) else {
+        return scratch.decide(seen as i32, rule, scores);
+    };
+    LOOKS.with_borrow_mut(|looks| {
+        average.looks(&scratch.positions, seen, mass, looks);
+        scratch.decide(seen as i32, rule, Some(Scores { mass: looks, peak }))
+    })
+}
+
 /// Append a lane's next victims to its ring, oldest first.
 #[expect(clippy::too_many_arguments, reason = "one call site; a struct would only repeat the names")]
 fn choose(
@@ -673,6 +699,7 @@ fn choose(
     scores: Option<Scores<'_>>,
     seen: usize,
     rule: Rule,
+    average: Option<&Average>,
     victims: usize,
     ring: &mut [i32],
     start: usize,
@@ -686,7 +713,7 @@ fn choose(
         for i in 0..len {
             scratch.positions[ring[wrap(start + i, slots)] as usize] = -1;
         }
-        scratch.decide(seen as i32, rule, scores).map_err(|bad| score_error(bad, scores, &place))?;
+        judge(scratch, seen, rule, scores, average).map_err(|bad| score_error(bad, scores, &place))?;
         if scratch.victims.len() != victims {
             fail!(
                 Cache,

@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 pub mod accumulate;
+mod average;
 pub mod budget;
 mod decide;
 pub mod error;

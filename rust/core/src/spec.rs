@@ -28,6 +28,10 @@ pub struct Request {
     pub sinks: Option<Sinks>,
     /// Whether attention is weighted with the length of the value vectors.
     pub value_weighted: Option<bool>,
+    /// Tokens after a token before its looks count.
+    pub look_gap: Option<i64>,
+    /// Whether mass is judged per query that could look.
+    pub averaged: Option<bool>,
 }
 
 /// A strategy ready for use.
@@ -69,6 +73,7 @@ impl Spec {
         let window = asked("window_size", request.window_size, 1)?;
         let sink_size = asked("sink_size", request.sink_size, 0)?;
         let interval = asked("eviction_interval", request.eviction_interval, 1)?;
+        let look_gap = asked("look_gap", request.look_gap, 0)?;
         ratio("sink_update_rate", request.sink_update_rate, true)?;
         ratio("heavy_ratio", request.heavy_ratio, true)?;
         ratio("recent_ratio", request.recent_ratio, false)?;
@@ -84,6 +89,8 @@ impl Spec {
             peak_ratio: own.peak_ratio.map(|v| request.peak_ratio.unwrap_or(v)),
             sinks: own.sinks.map(|v| request.sinks.unwrap_or(v)),
             value_weighted: own.value_weighted.map(|v| request.value_weighted.unwrap_or(v)),
+            look_gap: own.look_gap.map(|v| look_gap.unwrap_or(v)),
+            averaged: own.averaged.map(|v| request.averaged.unwrap_or(v)),
         };
         if !strategy.bounded() {
             return Ok(Self { strategy, budget: None, interval: 1, parameters });
@@ -121,6 +128,9 @@ impl Spec {
                 "eviction_interval must be at most {most} with a budget of {size} and {sinks} sinks, got {interval}"
             );
         }
+        // Looks that are left out must fall on tokens that the recent window protects anyway.
+        let recent = strategy.split(size, &parameters).recent;
+        parameters.look_gap = parameters.look_gap.map(|gap| gap.min(recent));
         Ok(Self { strategy, budget: Some(size), interval, parameters })
     }
 
@@ -164,6 +174,18 @@ impl Spec {
     #[must_use]
     pub fn value_weighted(&self) -> bool {
         self.parameters.value_weighted.unwrap_or(false)
+    }
+
+    /// A look at a token counts once this many tokens lie between: 0 counts a token's own query, 1 the next one.
+    #[must_use]
+    pub fn look_gap(&self) -> usize {
+        self.parameters.look_gap.unwrap_or(0)
+    }
+
+    /// Whether mass is judged per query that could look at the token.
+    #[must_use]
+    pub fn averaged(&self) -> bool {
+        self.parameters.averaged.unwrap_or(false)
     }
 
     /// How sinks are found.

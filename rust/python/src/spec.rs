@@ -24,6 +24,8 @@ fn parameters<'py>(py: Python<'py>, p: &Parameters) -> PyResult<Bound<'py, PyDic
     dict.set_item("peak_ratio", p.peak_ratio)?;
     dict.set_item("sinks", p.sinks.map(Sinks::name))?;
     dict.set_item("value_weighted", p.value_weighted)?;
+    dict.set_item("look_gap", p.look_gap)?;
+    dict.set_item("averaged", p.averaged)?;
     Ok(dict)
 }
 
@@ -40,7 +42,7 @@ impl PySpec {
 impl PySpec {
     #[new]
     #[pyo3(signature = (strategy, budget=None, *, window_size=None, sink_size=None, sink_update_rate=None, heavy_ratio=None,
-        recent_ratio=None, peak_ratio=None, eviction_interval=None, sinks=None, value_weighted=None))]
+        recent_ratio=None, peak_ratio=None, eviction_interval=None, sinks=None, value_weighted=None, look_gap=None, averaged=None))]
     #[expect(clippy::too_many_arguments, reason = "Python keyword arguments")]
     fn new(
         strategy: &Bound<'_, PyAny>,
@@ -54,6 +56,8 @@ impl PySpec {
         eviction_interval: Option<&Bound<'_, PyAny>>,
         sinks: Option<&Bound<'_, PyAny>>,
         value_weighted: Option<&Bound<'_, PyAny>>,
+        look_gap: Option<&Bound<'_, PyAny>>,
+        averaged: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let py = strategy.py();
         let sinks = sinks.map(|v| Sinks::parse(&text("sinks", v)?).map_err(|error| raise(py, error))).transpose()?;
@@ -68,6 +72,8 @@ impl PySpec {
             eviction_interval: optional_int("eviction_interval", eviction_interval)?,
             sinks,
             value_weighted: optional_bool("value_weighted", value_weighted)?,
+            look_gap: optional_int("look_gap", look_gap)?,
+            averaged: optional_bool("averaged", averaged)?,
         };
         let spec = Spec::new(&text("strategy", strategy)?, &request);
         spec.map(Self).map_err(|error| raise(py, error))
@@ -119,6 +125,18 @@ impl PySpec {
     #[getter]
     fn value_weighted(&self) -> bool {
         self.0.value_weighted()
+    }
+
+    /// A look at a token counts from this distance on, in tokens.
+    #[getter]
+    fn look_gap(&self) -> usize {
+        self.0.look_gap()
+    }
+
+    /// Whether mass is judged per query that could look at the token.
+    #[getter]
+    fn averaged(&self) -> bool {
+        self.0.averaged()
     }
 
     /// The parameters in force, None for those not used.

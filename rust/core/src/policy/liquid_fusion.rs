@@ -1,6 +1,8 @@
 //! `liquid_fusion`: sinks, a recent window, and heavy hitters by two scores: fading mass and peak attention.
 //!
-//! The fading mass keeps the text fluent; the peak keeps what was looked at hard once and may be asked for later.
+//! The fading mass keeps the text fluent; the peak keeps what was looked at hard once and may be asked for later. Neither counts
+//! looks from nearby, which every token gets; both are weighted with what a look moves: long values, short keys. The defaults were
+//! chosen by measurement, see docs/quality.md.
 
 use super::{Parameters, Strategy, WINDOW_SIZE};
 use crate::sinks::Sinks;
@@ -20,12 +22,14 @@ impl Strategy for LiquidFusion {
         Parameters {
             window_size: Some(WINDOW_SIZE),
             sink_size: Some(4),
-            sink_update_rate: Some(0.1),
-            heavy_ratio: Some(0.2),
-            recent_ratio: Some(0.3),
-            peak_ratio: Some(0.5),
+            sink_update_rate: Some(0.3),
+            heavy_ratio: Some(0.75),
+            recent_ratio: Some(0.25),
+            peak_ratio: Some(0.6),
             sinks: Some(Sinks::Pinned),
-            value_weighted: Some(false),
+            value_weighted: Some(true),
+            look_gap: Some(8),
+            averaged: Some(true),
         }
     }
 }

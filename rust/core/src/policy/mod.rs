@@ -40,6 +40,10 @@ pub struct Parameters {
     pub sinks: Option<Sinks>,
     /// Whether attention is weighted with the length of the value vectors.
     pub value_weighted: Option<bool>,
+    /// Distance from which a look at a token counts.
+    pub look_gap: Option<usize>,
+    /// Whether mass is judged per query that could look at the token.
+    pub averaged: Option<bool>,
 }
 
 impl Parameters {
