@@ -94,7 +94,7 @@ typecheck: $(VENV)/.stamp-build ## mypy in strict mode
 
 .PHONY: stubtest
 stubtest: $(VENV)/.stamp-build ## The stub against the built extension
-	$(BIN)/python -m mypy.stubtest liquidfusion._core --allowlist tests/stubtest-allowlist.txt
+	$(BIN)/python -m mypy.stubtest liquidfusion._core
 
 .PHONY: test-rust
 test-rust: | $(BIN)/python ## cargo test
