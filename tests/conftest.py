@@ -8,9 +8,13 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from tiny import MODELS, tiny
+
+# The tiny models are too small to share out: a second thread only spins.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(params=MODELS)

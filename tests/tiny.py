@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 VOCABULARY = 96
@@ -34,6 +35,7 @@ _CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen2": lambda: transformers.Qwen2Config(**_COMMON, num_key_value_heads=4),
     "qwen3": lambda: transformers.Qwen3Config(**_COMMON, num_key_value_heads=1, head_dim=16),
     "phi3": lambda: transformers.Phi3Config(**_COMMON, num_key_value_heads=2),
+    "mistral with a window": lambda: transformers.MistralConfig(**_COMMON, num_key_value_heads=2, sliding_window=24),
 }
 
 MODELS = tuple(_CONFIGS)
@@ -57,3 +59,56 @@ def tiny(name: str) -> PreTrainedModel:
 def cache_keyword(model: PreTrainedModel) -> str:
     """Name under which `model.forward` and `generate` take a cache: it changed between transformers releases."""
     return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+
+
+def padded(lengths: Sequence[int], seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random prompts of the given lengths as one left-padded batch: ids and mask, `[batch, columns]`."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        ids[row, max(lengths) - length :] = torch.randint(1, VOCABULARY, (length,), generator=generator)
+        mask[row, max(lengths) - length :] = 1
+    return ids, mask
+
+
+def clear_steps(logits: Tensor) -> int:
+    """Steps before the two best of a row's logits `[steps, vocabulary]` come closer than 1e-4: tokens are certain."""
+    best = logits.float().topk(2, -1).values
+    unclear = (best[:, 0] - best[:, 1] < 1e-4).nonzero()
+    return int(unclear[0]) if len(unclear) else len(logits)
+
+
+def feed(model: PreTrainedModel, cache: Any, ids: Tensor, mask: Tensor, splits: Sequence[int]) -> Iterator[Tensor]:
+    """A prompt in calls of `splits` columns; logits of each call's last column `[batch, vocabulary]`."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    start = 0
+    for columns in splits:
+        end = start + columns
+        with torch.no_grad():
+            output = model(
+                input_ids=ids[:, start:end],
+                attention_mask=mask[:, :end],
+                position_ids=positions[:, start:end],
+                **{cache_keyword(model): cache},
+            )
+        yield output.logits[:, -1]
+        start = end
+
+
+def prompt_then_greedy(
+    model: PreTrainedModel, cache: Any, ids: Tensor, mask: Tensor, splits: Sequence[int], steps: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """A prompt in calls of `splits` columns, then greedy decoding: after each call its last logits and all the ids."""
+    for logits in feed(model, cache, ids, mask, splits):
+        yield logits, ids
+    for _ in range(steps):
+        ids = torch.cat([ids, logits.argmax(-1)[:, None]], 1)
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        positions = mask.sum(1, keepdim=True) - 1
+        with torch.no_grad():
+            output = model(
+                input_ids=ids[:, -1:], attention_mask=mask, position_ids=positions, **{cache_keyword(model): cache}
+            )
+        logits = output.logits[:, -1]
+        yield logits, ids
