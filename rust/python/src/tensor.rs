@@ -62,6 +62,18 @@ fn device_name(device: DLDevice) -> String {
     }
 }
 
+/// Whether elements lie without gaps, last dimension fastest. The stride of a dimension of size 1 means nothing, and torch
+/// leaves any value there; a tensor without elements has no gaps.
+fn contiguous(shape: &[usize], strides: &[i64]) -> bool {
+    let mut step = 1;
+    shape.contains(&0)
+        || shape.iter().zip(strides).rev().all(|(&size, &stride)| {
+            let fits = size == 1 || usize::try_from(stride) == Ok(step);
+            step *= size;
+            fits
+        })
+}
+
 impl AnyTensor {
     /// Import `object`, refusing other memory than the CPU's (pinned included), gaps, and read-only memory where it is to be written.
     pub(crate) fn import(name: &str, object: &Bound<'_, PyAny>, access: Access) -> PyResult<Self> {
@@ -80,8 +92,8 @@ impl AnyTensor {
         }
         // dlpark has checked that no size is negative.
         let shape: Vec<usize> = view.shape().iter().map(|&d| usize::try_from(d).unwrap_or(0)).collect();
-        if !view.is_compact().map_err(|error| refuse(format!("a valid tensor: {error}")))? {
-            let strides = view.strides().unwrap_or_default();
+        let strides = view.strides().unwrap_or_default();
+        if !strides.is_empty() && !contiguous(&shape, strides) {
             return Err(refuse(format!("C-contiguous, got the shape {shape:?} with strides {strides:?}")));
         }
         if access == Access::Write && imported.flags().contains(DlpackFlags::READ_ONLY) {
