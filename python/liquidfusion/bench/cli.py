@@ -21,6 +21,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 the run failed, 2 a bad option or value, 130 interrupted.",
 )
 
+_INTERRUPTED = "interrupted; finished results are kept"
 CACHE: dict[str, Any] = {"rich_help_panel": "Cache"}
 INPUT: dict[str, Any] = {"rich_help_panel": "Task and input"}
 OUTPUT: dict[str, Any] = {"rich_help_panel": "Output"}
@@ -48,8 +49,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JS
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the path of the result.", **OUTPUT)]
 
 
-def _cache_option(text: str, default: str, **limits: Any) -> Any:
-    return typer.Option(help=text, show_default=default, **CACHE, **limits)
+def _cache(text: str, default: str) -> dict[str, Any]:
+    return {"help": text, "show_default": default, **CACHE}
 
 
 @app.callback(invoke_without_command=True)
@@ -75,9 +76,11 @@ def run(
     ] = "liquid_fusion",
     cache_size: Annotated[
         float | None,
-        _cache_option("Cache size in percent of the prompt.", "by --window-size", min=1, max=100),
+        typer.Option(
+            "--cache-size", "-c", min=1, max=100, **_cache("Cache size in percent of the prompt.", "by --window-size")
+        ),
     ] = None,
-    budget: Annotated[int | None, _cache_option("Cache size in tokens.", "by --window-size")] = None,
+    budget: Annotated[int | None, typer.Option(**_cache("Cache size in tokens.", "by --window-size"))] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     max_tokens: Annotated[
@@ -87,18 +90,22 @@ def run(
     temperature: Annotated[
         float | None, typer.Option(min=0, help="0 takes the likeliest token.", show_default="0", **INPUT)
     ] = None,
-    window_size: Annotated[int | None, _cache_option("Recent tokens kept when no size is given.", "256")] = None,
-    sink_size: Annotated[int | None, _cache_option("First tokens that always stay.", "4")] = None,
+    window_size: Annotated[
+        int | None, typer.Option(**_cache("Recent tokens kept when no size is given.", "256"))
+    ] = None,
+    sink_size: Annotated[int | None, typer.Option(**_cache("First tokens that always stay.", "4"))] = None,
     sink_update_rate: Annotated[
-        float | None, _cache_option("How fast gathered attention fades; 0: never.", "0.1")
+        float | None, typer.Option(**_cache("How fast gathered attention fades; 0: never.", "0.1"))
     ] = None,
-    heavy_ratio: Annotated[float | None, _cache_option("Share of heavy hitters.", "0.2")] = None,
-    recent_ratio: Annotated[float | None, _cache_option("Share of recent tokens.", "0.3")] = None,
+    heavy_ratio: Annotated[float | None, typer.Option(**_cache("Share of heavy hitters.", "0.2"))] = None,
+    recent_ratio: Annotated[float | None, typer.Option(**_cache("Share of recent tokens.", "0.3"))] = None,
     peak_ratio: Annotated[
-        float | None, _cache_option("Share of the heavy hitters chosen by peak attention.", "0.5")
+        float | None, typer.Option(**_cache("Share of the heavy hitters chosen by peak attention.", "0.5"))
     ] = None,
-    eviction_interval: Annotated[int | None, _cache_option("Tokens between two decisions.", "budget / 32")] = None,
-    sinks: Annotated[str | None, _cache_option("pinned or adaptive.", "pinned")] = None,
+    eviction_interval: Annotated[
+        int | None, typer.Option(**_cache("Tokens between two decisions.", "budget / 32"))
+    ] = None,
+    sinks: Annotated[str | None, typer.Option(**_cache("pinned or adaptive.", "pinned"))] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to continue.", **INPUT)] = None,
     prompt_file: Annotated[
         Path | None,
@@ -225,9 +232,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; every foreseen error is one line on standard error."""
     try:
         outcome = app(args=None if arguments is None else list(arguments), standalone_mode=False)
-        return outcome if isinstance(outcome, int) else 0
+        code = outcome if isinstance(outcome, int) else 0
+        return _fail(_INTERRUPTED, code) if code == 130 else code
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; finished results are kept", 130)
+        return _fail(_INTERRUPTED, 130)
     except ConfigError as error:
         return _fail(str(error), 2)
     except LiquidFusionError as error:

