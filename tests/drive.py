@@ -98,7 +98,7 @@ class Drive:
         return torch.full(shape, -1, dtype=torch.int32), *scores, torch.full(shape, -1, dtype=torch.int64)
 
     def _weights(self, positions: Sequence[int]) -> np.ndarray:
-        """Norm of the value of each position; only the product is told weight and attention separately."""
+        """What a look at each position counts; only the product is told weight and attention separately."""
         if not self.spec.value_weighted:
             return np.ones(len(positions))
         return np.array([0.5 + ((position + 1) * 40503 % 64) / 64 for position in positions])
@@ -230,11 +230,17 @@ class Drive:
                         self.tags[layer, row, head, slot] = before[row] + int(ranks[row, column])
 
     def _fill(self, out: Tensor, look: dict[int, np.ndarray], held: list[int], new: int) -> None:
-        """Spread probabilities over the columns that hold their positions; the last `new` queries are real."""
+        """Spread probabilities over the columns that hold their positions; the last `new` queries are real.
+
+        The caller of `accumulate` leaves out looks from nearer than the look gap, as the cache does.
+        """
         columns = [column for column, position in enumerate(held) if position >= 0]
         if new and columns:
             assert {held[column] for column in columns} == set(look), "the product sees other tokens than the twin"
             stacked = np.stack([look[held[column]] for column in columns], -1)
+            newest = max(look)
+            queries, keys = np.arange(newest - new + 1, newest + 1), np.array([held[column] for column in columns])
+            stacked[:, queries[:, None] - keys < self.spec.look_gap] = 0.0
             out[:, out.shape[1] - new :, columns] = torch.from_numpy(stacked)
 
     def compare(self) -> None:

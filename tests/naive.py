@@ -27,13 +27,10 @@ class NaiveCache:
         A decoder; it is run without any cache of transformers, on new tokens only.
     rules : Rules
         Strategy of every (layer, kv head).
-    value_weighted : bool
-        Whether attention counts by the norm of the value it reads.
     """
 
-    def __init__(self, model: PreTrainedModel, rules: Rules, value_weighted: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, rules: Rules) -> None:
         self.model = model
-        self.value_weighted = value_weighted
         self.seen = 0
         heads = model.config.num_key_value_heads
         self.twins = [[Twin(rules) for _ in range(heads)] for _ in range(model.config.num_hidden_layers)]
@@ -80,8 +77,8 @@ class NaiveCache:
             keys = torch.stack([stored[position][0] for position in visible])
             out, probabilities = attention(query, keys, values, mask, scale)
             output.append(out)
-            if self.value_weighted:
-                probabilities = probabilities * values.double().norm(dim=-1)
+            if twin.rules.weighted:
+                probabilities = probabilities * values.double().norm(dim=-1) / keys.double().norm(dim=-1)
             return probabilities.tolist()
 
         twin.call(len(key), look)

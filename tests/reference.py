@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -36,6 +37,12 @@ class Rules:
         Tokens between two choices of victims.
     adaptive : bool
         Sinks are the largest masses outside the recent window instead of the first tokens.
+    look_gap : int
+        Looks at a token count from the query this many tokens later; at most the recent window of the whole budget.
+    averaged : bool
+        Mass is judged per query that could look at the token: divided by what those queries weigh.
+    weighted : bool
+        Looks count by the length of the token's value over the length of its key.
     """
 
     budget: int | None
@@ -47,6 +54,14 @@ class Rules:
     pi: float = PEAK_DECAY
     interval: int = 1
     adaptive: bool = False
+    look_gap: int = 0
+    averaged: bool = False
+    weighted: bool = False
+
+    @property
+    def gap(self) -> int:
+        """The look gap in force."""
+        return self.look_gap if self.budget is None else min(self.look_gap, self.parts(self.budget)[1])
 
     def parts(self, keep: int) -> tuple[int, int, int, int]:
         """Number of sinks, recent, peak and mass tokens among `keep`."""
@@ -80,7 +95,10 @@ def _h2o(budget: int | None) -> Rules:
 
 
 def _liquid_fusion(budget: int | None) -> Rules:
-    return Rules(budget, sink_size=4, heavy=0.2, recent=0.3, peak_ratio=0.5, gamma=gamma_of(0.1))
+    return Rules(
+        budget, sink_size=4, heavy=0.75, recent=0.25, peak_ratio=0.6, gamma=gamma_of(0.3),
+        look_gap=8, averaged=True, weighted=True,
+    )  # fmt: skip
 
 
 STRATEGIES: dict[str, Callable[[int | None], Rules]] = {
@@ -98,7 +116,9 @@ LISTENS: dict[str, frozenset[str]] = {
     "local": frozenset(),
     "streaming": frozenset({"sink_size"}),
     "h2o": frozenset({"heavy", "recent"}),
-    "liquid_fusion": frozenset({"sink_size", "adaptive", "heavy", "recent", "peak_ratio", "gamma"}),
+    "liquid_fusion": frozenset(
+        {"sink_size", "adaptive", "heavy", "recent", "peak_ratio", "gamma", "look_gap", "averaged", "weighted"}
+    ),
 }
 
 
@@ -107,6 +127,11 @@ def rules(strategy: str, budget: int | None, *, interval: int = 1, **given: floa
     own = STRATEGIES[strategy](budget)
     heard = {name: value for name, value in given.items() if name in LISTENS[strategy]}
     return replace(own, interval=interval, **heard)  # type: ignore[arg-type]
+
+
+@cache
+def _weight_of(queries: int, gamma: float) -> float:
+    return sum(gamma**age for age in range(queries))
 
 
 @dataclass
@@ -178,6 +203,8 @@ class Twin:
             age = new - 1 - query
             rows = [probabilities[head][query] for head in range(group)]
             for position, looks in zip(visible, zip(*rows, strict=True), strict=True):
+                if self.seen - 1 - age - position < self.rules.gap:
+                    continue
                 p = sum(looks) / group
                 token = self.tokens[position]
                 token.mass += gamma**age * p
@@ -220,15 +247,22 @@ class Twin:
 
         if self.rules.adaptive:
             take(recent, newest)
-            take(sinks, lambda position: self.tokens[position].mass)
+            take(sinks, self._mass)
         else:
             first = [position for position in left if position < self.rules.sink_size][:sinks]
             chosen.update(first)
             left = [position for position in left if position not in chosen]
             take(recent + sinks - len(first), newest)
         take(peak, lambda position: self.tokens[position].peak)
-        take(mass, lambda position: self.tokens[position].mass)
+        take(mass, self._mass)
         return chosen
+
+    def _mass(self, position: int) -> float:
+        mass = self.tokens[position].mass
+        if not self.rules.averaged:
+            return mass
+        could_look = max(1, self.seen - self.rules.gap - position)
+        return mass / _weight_of(could_look, self.rules.gamma)
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:

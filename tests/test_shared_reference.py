@@ -6,6 +6,7 @@ import importlib.util
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -67,9 +68,9 @@ def attention(seed: int) -> Callable[[list[int], list[int]], list[list[float]]]:
 def test_twin_and_product_agree_with_it(shared: ModuleType, strategy: str, interval: int) -> None:
     """All three on the same probabilities, chunks and decode steps mixed: positions and scores after every call."""
     budget = 40
-    spec = _core.Spec(strategy, budget, eviction_interval=interval)
-    rules = STRATEGIES[strategy](budget)
-    rules = Rules(**{**rules.__dict__, "interval": interval})
+    # Rules younger than the specification, which it does not know, are off.
+    spec = _core.Spec(strategy, budget, eviction_interval=interval, look_gap=0, averaged=False, value_weighted=False)
+    rules = replace(STRATEGIES[strategy](budget), interval=interval, look_gap=0, averaged=False, weighted=False)
     head = shared.Head(of_rules(shared, rules, scored=rules.heavy > 0))
     one = Drive(spec, rules, layers=1, batch=1, kv_heads=1, group=1, seed=0)
     asked = attention(11)

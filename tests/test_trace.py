@@ -27,6 +27,7 @@ def drive(
     adaptive: bool,
     sink_size: int | None = None,
     ratios: tuple[float, float, float] | None = None,
+    looks: tuple[int, bool, bool] | None = None,
     **shape: Any,
 ) -> Drive:
     """Ledger and twins with the same parameters; the product gets them all, the twin's rules say which ones count."""
@@ -37,6 +38,9 @@ def drive(
     if ratios is not None:
         given |= dict(zip(("heavy", "recent", "peak_ratio"), ratios, strict=True))
         options |= dict(zip(("heavy_ratio", "recent_ratio", "peak_ratio"), ratios, strict=True))
+    if looks is not None:
+        given |= dict(zip(("look_gap", "averaged", "weighted"), looks, strict=True))
+        options |= dict(zip(("look_gap", "averaged", "value_weighted"), looks, strict=True))
     spec = _core.Spec(strategy, budget, eviction_interval=interval, **options)
     return Drive(spec, rules(strategy, budget, interval=interval, **given), **shape)
 
@@ -68,6 +72,7 @@ def test_defaults_are_the_twins(strategy: str) -> None:
     assert spec.bounded == (own.budget is not None)
     if not spec.bounded:
         return
+    assert (spec.look_gap, spec.averaged, spec.value_weighted) == (own.gap, own.averaged, own.weighted)
     assert spec.interval == max(1, min(budget // 32, (budget - own.sink_size) // 8))
     for keep in range(own.sink_size + 1, budget + 1):
         assert tuple(spec.split(keep)) == own.parts(keep)
@@ -133,6 +138,7 @@ def test_drawn_shapes_and_budgets(strategy: str, data: st.DataObject) -> None:
         adaptive=data.draw(st.booleans(), "adaptive"),
         sink_size=sink_size,
         ratios=data.draw(st.sampled_from([None, (0.2, 0.3, 0.5), (1.0, 0.2, 1.0), (0.5, 1.0, 0.0)]), "ratios"),
+        looks=data.draw(st.sampled_from([None, (0, False, False), (1, True, False), (30, True, True)]), "looks"),
         layers=data.draw(st.integers(1, 2), "layers"),
         batch=batch,
         kv_heads=1 if batch == 3 else data.draw(st.integers(1, 2), "kv_heads"),
@@ -154,7 +160,7 @@ def test_ties_keep_the_newer_token(strategy: str, adaptive: bool) -> None:
     """Attention in quarters makes many exactly equal masses, zeros among them."""
     one = drive(
         strategy, 24, interval=2, rate=0.0, adaptive=adaptive, ratios=(1.0, 0.5, 0.0),
-        layers=1, batch=1, kv_heads=2, group=1, seed=3, draw=dyadic,
+        looks=(0, False, False), layers=1, batch=1, kv_heads=2, group=1, seed=3, draw=dyadic,
     )  # fmt: skip
     for call in [Call([30]), *[Call([1])] * 100, Call([17]), *[Call([1])] * 20]:
         one.call(call)
