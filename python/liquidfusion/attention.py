@@ -131,8 +131,8 @@ def attend(
     mask : Tensor or None
         bool, broadcastable to `[batch, kv_heads, group, queries, columns]`; None when every column is visible.
     observe : callable or None
-        Receives the float32 probabilities `[batch, kv_heads, group, queries, columns]`, contiguous. None: nothing needs
-        them, so torch's fused attention does the work.
+        Receives the float32 probabilities `[batch, kv_heads, group, queries, columns]`, contiguous, and may change them.
+        None: nothing needs them, so torch's fused attention does the work.
 
     Returns
     -------
@@ -157,9 +157,10 @@ def attend(
     else:
         probabilities = scores.masked_fill_(~mask, -torch.inf).softmax(-1)
         probabilities.masked_fill_(~mask.any(-1, keepdim=True), 0.0)
+    output = (probabilities.to(values.dtype).flatten(2, 3) @ values).view(batch, heads, queries, -1)
     if observe is not None:
-        observe(probabilities)
-    return (probabilities.to(values.dtype).flatten(2, 3) @ values).view(batch, heads, queries, -1)
+        observe(probabilities.detach())
+    return output
 
 
 def blocks(rows: int, queries: int, columns: int) -> Iterator[slice]:
@@ -167,6 +168,24 @@ def blocks(rows: int, queries: int, columns: int) -> Iterator[slice]:
     size = max(1, BLOCK_BYTES // (4 * rows * columns))
     for start in range(0, queries, size):
         yield slice(start, min(start + size, queries))
+
+
+def look_weights(keys: Tensor, values: Tensor) -> Tensor:
+    """What a look at a token can move: the length of its value over the length of its key.
+
+    Parameters
+    ----------
+    keys, values : Tensor
+        `[batch, kv_heads, columns, head_dim]`.
+
+    Returns
+    -------
+    Tensor
+        float32 `[batch, kv_heads, columns]`; 0 for a key of zeros, which an empty slot holds.
+    """
+    length = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32)
+    weight = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32) / length
+    return weight.masked_fill_(length == 0, 0.0)
 
 
 def accumulate(

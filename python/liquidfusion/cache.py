@@ -37,7 +37,7 @@ class KVCache(Cache):
         Prompt length in tokens that `cache_size` refers to.
     window_size : int, optional
         Recent tokens to keep when no budget is given (default 256).
-    sink_size, sink_update_rate, heavy_ratio, recent_ratio, peak_ratio, eviction_interval, sinks
+    sink_size, sink_update_rate, heavy_ratio, recent_ratio, peak_ratio, eviction_interval, sinks, value_weighted, look_gap, averaged
         Parameters of the strategy; None is the strategy's own default. One that the strategy does not use is checked,
         ignored and None in `spec.params`.
     threads : int, optional
@@ -84,6 +84,9 @@ class KVCache(Cache):
         peak_ratio: float | None = None,
         eviction_interval: int | None = None,
         sinks: str | None = None,
+        value_weighted: bool | None = None,
+        look_gap: int | None = None,
+        averaged: bool | None = None,
         threads: int | None = None,
         graph: bool = True,
         compile: bool = False,  # noqa: A002 - transformers' and torch's own name for it
@@ -103,6 +106,9 @@ class KVCache(Cache):
             peak_ratio=peak_ratio,
             eviction_interval=eviction_interval,
             sinks=sinks,
+            value_weighted=value_weighted,
+            look_gap=look_gap,
+            averaged=averaged,
         )
         super().__init__(layers=[])
         self._model = weakref.ref(model)
@@ -598,7 +604,9 @@ class Call:
         mask = None if dense else attention.visible(newest.to(query.device), layer.positions, window)
         observe = None
         if layer.mass is not None and layer.peak is not None:
-            observe = self._observer(newest.clamp(max=0).int(), layer.values, layer.mass, layer.peak)
+            observe = self._observer(
+                newest.clamp(max=0).int(), newest, layer.positions, layer.keys, layer.values, layer.mass, layer.peak
+            )
         return attention.attend(query, layer.keys, layer.values, mask, scale, softcap, observe)
 
     def _chunk(
@@ -640,8 +648,16 @@ class Call:
             mask = attention.visible(query_positions[:, block], all_positions[..., :end], window)
             observe = None
             if mass is not None and peak is not None:
-                seen_values = all_values[:, :, :end]
-                observe = self._observer(ages[:, block].contiguous(), seen_values, mass, peak, first=block.start == 0)
+                observe = self._observer(
+                    ages[:, block].contiguous(),
+                    query_positions[:, block],
+                    all_positions[..., :end],
+                    all_keys[:, :, :end],
+                    all_values[:, :, :end],
+                    mass,
+                    peak,
+                    first=block.start == 0,
+                )
             output[:, :, block] = attention.attend(
                 query[:, :, block], all_keys[:, :, :end], all_values[:, :, :end], mask, scale, softcap, observe
             )
@@ -727,16 +743,27 @@ class Call:
         return (torch.tensor(self.lengths, dtype=torch.int32)[:, None] - 1 - ranks).masked_fill(ranks < 0, -1)
 
     def _observer(
-        self, ages: Tensor, values: Tensor, mass: Tensor, peak: Tensor, first: bool = True
+        self,
+        ages: Tensor,
+        query_positions: Tensor,
+        key_positions: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mass: Tensor,
+        peak: Tensor,
+        first: bool = True,
     ) -> Callable[[Tensor], None]:
         """Add a block's probabilities to mass and peak `[batch, kv_heads, columns]`; the first block lets them fade."""
         spec = self.cache.spec
-        weights = values.float().norm(dim=-1) if spec.value_weighted else None
+        weights = attention.look_weights(keys, values) if spec.value_weighted else None
         elapsed = self.lengths if first else [0] * self.batch
 
         def observe(probabilities: Tensor) -> None:
+            if spec.look_gap:
+                distance = query_positions[:, None, :, None] - key_positions[:, :, None, :]
+                probabilities.masked_fill_((distance < spec.look_gap)[:, :, None], 0.0)
             attention.accumulate(
-                probabilities.detach(),
+                probabilities,
                 ages,
                 elapsed,
                 mass,
