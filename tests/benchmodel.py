@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from liquidfusion.bench.models import Loaded, load
+from liquidfusion.bench.models import Loaded, load, silence
 
 _ALPHABET = ["<pad>", "<end>", *string.printable]
 
@@ -41,7 +41,8 @@ def directory() -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).float().eval()
-    model.save_pretrained(folder)
+    with silence():
+        model.save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
 

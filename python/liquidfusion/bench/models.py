@@ -98,7 +98,7 @@ def load(name: str = EMBEDDED, *, device: str = "auto", dtype: str = "auto") -> 
     source = locate(name)
     local = Path(source).is_dir()
     advice = "" if local else f"; offline, use a local directory or the embedded model: {_ADVICE}"
-    with _silence(bars=not local):  # a download shows its progress
+    with silence(bars=not local):  # a download shows its progress
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
             model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=kind)
@@ -153,7 +153,7 @@ def converted(weights: Path, directory: Path | None = None) -> Path:
     except OSError as error:
         raise ModelError(f"cannot keep the converted model in {home}: {error.strerror}") from error
     try:
-        with _silence():
+        with silence():
             tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
             _dense(weights).save_pretrained(building)
             tokenizer.save_pretrained(building)
@@ -189,7 +189,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _silence(*, bars: bool = False) -> Iterator[None]:
+def silence(*, bars: bool = False) -> Iterator[None]:
     """Keep the warnings, the retries and (unless `bars`) all other output of loading off the terminal."""
     levels = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
     had_bars = transformers_logging.is_progress_bar_enabled()
