@@ -78,7 +78,8 @@ class NaiveCache:
             out, probabilities = attention(query, keys, values, mask, scale)
             output.append(out)
             if twin.rules.weighted:
-                probabilities = probabilities * values.double().norm(dim=-1) / keys.double().norm(dim=-1)
+                length = keys.double().norm(dim=-1)
+                probabilities = probabilities * torch.where(length > 0, values.double().norm(dim=-1) / length, 0.0)
             return probabilities.tolist()
 
         twin.call(len(key), look)
