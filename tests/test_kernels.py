@@ -1,7 +1,7 @@
 """Each kernel against its naive torch twin, on random shapes with NaN in every buffer that must not be read.
 
-Without a GPU the kernels run in Triton's interpreter. The file needs no built extension: it loads `liquidfusion.kernels` by its path
-where the package cannot be imported.
+Without a GPU the kernels run in Triton's interpreter. The file needs no built extension: it loads
+`liquidfusion.kernels` by its path where the package cannot be imported.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ try:
     from liquidfusion import kernels
 except ImportError:
     _path = Path(__file__).parents[1] / "python" / "liquidfusion" / "kernels" / "__init__.py"
-    _spec = importlib.util.spec_from_file_location("kernels", _path)
+    _spec = importlib.util.spec_from_file_location("liquidfusion_kernels", _path)
     kernels = importlib.util.module_from_spec(_spec)
-    sys.modules["kernels"] = kernels
+    sys.modules["liquidfusion_kernels"] = kernels
     _spec.loader.exec_module(kernels)
 
 # The interpreter computes with numpy, which warns of the NaN and infinities that the kernels mask.
@@ -39,7 +39,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 def close(actual, expected, tolerance):
-    """‖actual − expected‖ ≤ tolerance · ‖expected‖, NaN never."""
+    """Relative error in the norm at most `tolerance`; NaN never passes."""
     actual, expected = actual.double(), expected.double()
     assert torch.isfinite(actual).all()
     error = (actual - expected).norm() / expected.norm().clamp_min(1e-30)
@@ -47,7 +47,7 @@ def close(actual, expected, tolerance):
 
 
 def naive(q, k, v, visible, scale, softcap):
-    """Output [b, hq, n, d] and group-mean probabilities [b, hkv, n, c] in float64; q [b, hq, n, d], k and v [b, hkv, c, d]."""
+    """Output [b, hq, n, d] and group-mean probabilities [b, hkv, n, c] in float64; k and v are [b, hkv, c, d]."""
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[1] // k.shape[1]
     k, v = (torch.nan_to_num(t).repeat_interleave(group, 1) for t in (k, v))
@@ -79,6 +79,11 @@ def buffers(batch, kv_heads, slots, head_dim, dtype, filled, generator):
     return [t.to(DEVICE) for t in (keys.to(dtype), values.to(dtype), positions, mass, peak)]
 
 
+def look_weights(keys, values):
+    """Length of the value over that of the key; what no slot holds may be NaN and counts nothing."""
+    return torch.nan_to_num(torch.nan_to_num(values.double()).norm(dim=-1) / keys.double().norm(dim=-1))
+
+
 def naive_decode(q, k, v, keys, values, positions, mass, peak, ring, used, seen, **options):
     """Twin of `kernels.decode`, written over copies: (out, keys, values, positions, mass, peak)."""
     keys, values, positions, mass, peak = (t.clone() for t in (keys, values, positions, mass, peak))
@@ -95,8 +100,9 @@ def naive_decode(q, k, v, keys, values, positions, mass, peak, ring, used, seen,
         visible &= seen[:, None, None] - positions < options["window"]
     out, p = naive(q[:, :, None], keys, values, visible[:, :, None], options["scale"], options["softcap"])
     p = p[:, :, 0]
+    p = p * (seen[:, None, None] - positions >= options["look_gap"])
     if options["value_weighted"]:
-        p = p * torch.nan_to_num(values.double()).norm(dim=-1)
+        p = p * look_weights(keys, values)
     mass = mass * options["mass_decay"] + p
     peak = torch.maximum(peak * options["peak_decay"], p)
     return out[:, :, 0], keys, values, positions, mass, peak
@@ -133,6 +139,7 @@ def decode_case(
         "mass_decay": MASS_DECAY,
         "peak_decay": PEAK_DECAY,
         "value_weighted": weighted,
+        "look_gap": 3 * weighted,
         "softcap": softcap,
         "window": window,
     }
@@ -228,9 +235,10 @@ def naive_prefill(q, k, v, keys, values, positions, ages, mass, peak, *, first_p
     if options["window"]:
         visible &= distance < options["window"]
     out, p = naive(q, torch.cat([keys, k], 2), torch.cat([values, v], 2), visible, options["scale"], options["softcap"])
+    p = p * (distance >= options["look_gap"])
     norm = torch.ones((), dtype=torch.float64)
     if options["value_weighted"]:
-        norm = torch.nan_to_num(torch.cat([values, v], 2).double()).norm(dim=-1)
+        norm = look_weights(torch.cat([keys, k], 2), torch.cat([values, v], 2))
     age = ages.clamp_min(0).double()[:, None, :, None]
     pad = torch.zeros_like(k[..., 0], dtype=torch.float32)
     mass, peak = (torch.cat([t, pad], 2).double() for t in (mass, peak))
@@ -275,6 +283,7 @@ def prefill_case(
         "mass_decay": decays[0],
         "peak_decay": decays[1],
         "value_weighted": weighted,
+        "look_gap": 3 * weighted,
         "softcap": softcap,
         "window": window,
         "first_position": torch.tensor(filled, dtype=torch.int32, device=DEVICE),
@@ -354,4 +363,5 @@ def test_prefill_agrees_with_decode_token_by_token():
 
 
 def test_available():
-    assert kernels.available(DEVICE)
+    assert kernels.available() == NATIVE
+    assert not kernels.available("cpu")

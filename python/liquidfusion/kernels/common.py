@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: N803 (Triton's constexpr parameters are upper case)
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -15,7 +16,7 @@ LOG2E = tl.constexpr(math.log2(math.e))
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """Return ``acc + a @ b`` in float32; "ieee" multiplies float32 operands, which Triton's interpreter needs for bfloat16."""
+    """Return ``acc + a @ b`` in float32; "ieee" multiplies in float32, as Triton's interpreter must with bfloat16."""
     if PRECISION == "ieee":
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -29,6 +30,15 @@ def base2_logits(x, scale, softcap, CAPPED: tl.constexpr):
         x = softcap * (1.0 - 2.0 / (tl.exp2(x * scale * (2.0 * LOG2E / softcap)) + 1.0))
         return x * LOG2E
     return x * (scale * LOG2E)
+
+
+@triton.jit
+def look_weight(k, v, axis: tl.constexpr):
+    """What a look can move: the length of the value over the length of the key; 0 for a key of zeros."""
+    k = k.to(tl.float32)
+    v = v.to(tl.float32)
+    length = tl.sqrt(tl.sum(k * k, axis))
+    return tl.where(length > 0.0, tl.sqrt(tl.sum(v * v, axis)) / tl.where(length > 0.0, length, 1.0), 0.0)
 
 
 def precision(dtype: torch.dtype, device: torch.device) -> str:

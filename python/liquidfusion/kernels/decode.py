@@ -1,19 +1,23 @@
 """Decode: one new token per row attends over the slots where they lie, and the ledger learns what it looked at.
 
-Two launches. `_attend` splits the slots of every (row, kv head) over programs; all query heads of a group share one read of the
-keys and values, and the program that owns the slot of the new token writes it. `_merge` joins the splits and updates mass and peak.
-Nothing is atomic, so two runs give the same bits.
+Two launches. `_attend` splits the slots of every (row, kv head) over programs; all query heads of a group share one
+read of the keys and values, and the program that owns the slot of the new token writes it. `_merge` joins the splits
+and updates mass and peak. Nothing is atomic, so two runs give the same bits.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .common import base2_logits, dot, precision
+from .common import base2_logits, dot, look_weight, precision
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: N803 (Triton's constexpr parameters are upper case)
 
 MAX_SPLITS = 64  # `_merge` holds one [splits, head_dim] tile of partial outputs in registers
@@ -24,9 +28,13 @@ def _attend(
     q,
     k,
     v,
+    slot_keys,
+    slot_values,
     keys,
     values,
     positions,
+    mass,
+    peak,
     ring,
     used,
     seen,
@@ -48,12 +56,17 @@ def _attend(
     values_slot,
     positions_row,
     positions_head,
+    mass_row,
+    mass_head,
+    peak_row,
+    peak_head,
     ring_row,
     ring_head,
     slots,
     ring_size,
     per_split,
     window,
+    gap,
     scale,
     softcap,
     GROUP: tl.constexpr,
@@ -63,101 +76,110 @@ def _attend(
     BLOCK_S: tl.constexpr,
     SCORED: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    VALUED: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
     split = tl.program_id(0)
     head = tl.program_id(1)
-    row = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(2)
+    wide_row = row.to(tl.int64)
     splits = tl.num_programs(0)
     kv_heads = tl.num_programs(1)
     start = split * per_split
     stop = min(start + per_split, slots)
 
+    # Slots are the rows of every product: the matrix units take 64 rows at a time, and a group has 8 queries at most.
     g = tl.arange(0, BLOCK_G)
     d = tl.arange(0, BLOCK_D)
-    query_heads = head * GROUP + g
+    in_group = g < GROUP
     in_dim = d < HEAD_DIM
     q_tile = tl.load(
-        q + row * q_row + query_heads[:, None] * q_head + d[None, :],
-        mask=(g < GROUP)[:, None] & in_dim[None, :],
+        q + wide_row * q_row + (head * GROUP + g)[None, :] * q_head + d[:, None],
+        mask=in_group[None, :] & in_dim[:, None],
         other=0.0,
     )
-    keys += row * keys_row + head * keys_head
-    values += row * values_row + head * values_head
-    positions += row * positions_row + head * positions_head
-    flat_heads = row * kv_heads * GROUP + query_heads
+    positions += wide_row * positions_row + head * positions_head
+    pair = wide_row * kv_heads + head
+    logits += pair * slots * GROUP
+    norms += pair * slots
 
     now = tl.load(seen + row)
-    target = tl.load(ring + row * ring_row + head * ring_head + tl.load(used + row) % ring_size)
+    target = tl.load(ring + wide_row * ring_row + head * ring_head + tl.load(used + row) % ring_size)
 
     top = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    sums = tl.zeros([BLOCK_S, BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_D, BLOCK_G], tl.float32)
     for first in tl.range(start, stop, BLOCK_S, num_stages=STAGES):
         s = first + tl.arange(0, BLOCK_S)
-        inside = s < stop
-        position = tl.load(positions + s, mask=inside, other=-1)
-        k_mask = inside[:, None]
-        v_mask = (position >= 0)[:, None]  # an empty slot may hold NaN, and 0 * NaN would spread through the dot
-        if HEAD_DIM != BLOCK_D:
-            k_mask = k_mask & in_dim[None, :]
-            v_mask = v_mask & in_dim[None, :]
-        k_tile = tl.load(keys + s[:, None].to(tl.int64) * keys_slot + d[None, :], mask=k_mask, other=0.0)
-        v_tile = tl.load(values + s[:, None].to(tl.int64) * values_slot + d[None, :], mask=v_mask, other=0.0)
-
-        x = dot(q_tile, tl.trans(k_tile), tl.zeros([BLOCK_G, BLOCK_S], tl.float32), PRECISION)
+        k_tile = slot_keys.load([row, head, first, 0]).reshape([BLOCK_S, BLOCK_D])
+        v_tile = slot_values.load([row, head, first, 0]).reshape([BLOCK_S, BLOCK_D])
+        position = tl.load(positions + s, mask=s < stop, other=-1)
+        x = dot(k_tile, q_tile, tl.zeros([BLOCK_S, BLOCK_G], tl.float32), PRECISION)
         x = base2_logits(x, scale, softcap, CAPPED)
         visible = (position >= 0) & (s != target)
         if WINDOWED:
             visible = visible & (now - position < window)
-        x = tl.where(visible[None, :], x, float("-inf"))
+        x = tl.where(visible[:, None], x, float("-inf"))
         if SCORED:
-            tl.store(
-                logits + flat_heads[:, None] * slots + s[None, :],
-                x,
-                mask=(g < GROUP)[:, None] & (inside & (s != target))[None, :],
-            )
+            stays = (s < stop) & (s != target)
+            tl.store(logits + s[:, None] * GROUP + g[None, :], x, mask=stays[:, None] & in_group[None, :])
             if WEIGHTED:
-                wide = v_tile.to(tl.float32)
-                norm = tl.sqrt(tl.sum(wide * wide, 1))
-                tl.store(norms + (row * kv_heads + head) * slots + s, norm, mask=inside & (s != target))
+                norm = look_weight(k_tile, v_tile, 1) if VALUED else tl.full([BLOCK_S], 1.0, tl.float32)
+                counts = (position >= 0) & (now - position >= gap)
+                tl.store(norms + s, tl.where(counts, norm, 0.0), mask=stays)
 
-        higher = tl.maximum(top, tl.max(x, 1))
+        higher = tl.maximum(top, tl.max(x, 0))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp2(x - shift[:, None])
+        p = tl.exp2(x - shift[None, :])
         fade = tl.exp2(top - shift)
-        total = total * fade + tl.sum(p, 1)
-        acc = dot(p.to(v_tile.dtype), v_tile, acc * fade[:, None], PRECISION)
+        sums = sums * fade[None, :] + p
+        acc = acc * fade[None, :]
+        p = p.to(v_tile.dtype)
+        # An empty slot may hold NaN, and 0 * NaN would spread through the product.
+        if tl.min(tl.where(s < stop, position, 0), 0) < 0:
+            acc = dot(tl.trans(tl.where((position >= 0)[:, None], v_tile, 0.0)), p, acc, PRECISION)
+        else:
+            acc = dot(tl.trans(v_tile), p, acc, PRECISION)
         top = higher
+    total = tl.sum(sums, 0)
 
     if (target >= start) & (target < stop):
         # The new token never went through the loop: what its slot held before is masked there.
-        k_new = tl.load(k + row * k_row + head * k_head + d, mask=in_dim, other=0.0)
-        v_new = tl.load(v + row * v_row + head * v_head + d, mask=in_dim, other=0.0)
-        tl.store(keys + target.to(tl.int64) * keys_slot + d, k_new, mask=in_dim)
-        tl.store(values + target.to(tl.int64) * values_slot + d, v_new, mask=in_dim)
+        k_new = tl.load(k + wide_row * k_row + head * k_head + d, mask=in_dim, other=0.0)
+        v_new = tl.load(v + wide_row * v_row + head * v_head + d, mask=in_dim, other=0.0)
+        wide_target = target.to(tl.int64)
+        tl.store(keys + wide_row * keys_row + head * keys_head + wide_target * keys_slot + d, k_new, mask=in_dim)
+        tl.store(
+            values + wide_row * values_row + head * values_head + wide_target * values_slot + d, v_new, mask=in_dim
+        )
         tl.store(positions + target, now)
         wide = v_new.to(tl.float32)
-        x_new = tl.sum(q_tile.to(tl.float32) * k_new.to(tl.float32)[None, :], 1)
+        x_new = tl.sum(q_tile.to(tl.float32) * k_new.to(tl.float32)[:, None], 0)
         x_new = base2_logits(x_new, scale, softcap, CAPPED)
         if SCORED:
-            tl.store(logits + flat_heads * slots + target, x_new, mask=g < GROUP)
+            tl.store(mass + wide_row * mass_row + head * mass_head + target, 0.0)
+            tl.store(peak + wide_row * peak_row + head * peak_head + target, 0.0)
+            tl.store(logits + target * GROUP + g, x_new, mask=in_group)
             if WEIGHTED:
-                tl.store(norms + (row * kv_heads + head) * slots + target, tl.sqrt(tl.sum(wide * wide, 0)))
+                norm = look_weight(k_new, v_new, 0) if VALUED else 1.0
+                tl.store(norms + target, tl.where(gap > 0, 0.0, norm))
         higher = tl.maximum(top, x_new)
         fade = tl.exp2(top - higher)
         p_new = tl.exp2(x_new - higher)
         total = total * fade + p_new
-        acc = acc * fade[:, None] + p_new[:, None] * wide[None, :]
+        acc = acc * fade[None, :] + p_new[None, :] * wide[:, None]
         top = higher
 
-    part = flat_heads * splits + split
-    tl.store(stats + part * 2, top, mask=g < GROUP)
-    tl.store(stats + part * 2 + 1, total, mask=g < GROUP)
-    tl.store(partial + part[:, None] * HEAD_DIM + d[None, :], acc, mask=(g < GROUP)[:, None] & in_dim[None, :])
+    part = (pair * GROUP + g) * splits + split
+    tl.store(stats + part * 2, top, mask=in_group)
+    tl.store(stats + part * 2 + 1, total, mask=in_group)
+    tl.store(partial + part[None, :] * HEAD_DIM + d[:, None], acc, mask=in_group[None, :] & in_dim[:, None])
 
 
 @triton.jit
@@ -165,8 +187,6 @@ def _merge(
     out,
     mass,
     peak,
-    ring,
-    used,
     logits,
     norms,
     partial,
@@ -175,10 +195,7 @@ def _merge(
     mass_head,
     peak_row,
     peak_head,
-    ring_row,
-    ring_head,
     slots,
-    ring_size,
     splits,
     mass_decay,
     peak_decay,
@@ -190,72 +207,75 @@ def _merge(
     BLOCK_P: tl.constexpr,
     SCORED: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
     block = tl.program_id(0)
     head = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
-    kv_heads = tl.num_programs(1)
-    first_head = (row * kv_heads + head) * GROUP
+    pair = row * tl.num_programs(1) + head
     part = tl.arange(0, BLOCK_P)
-
-    if block < GROUP:
-        d = tl.arange(0, BLOCK_D)
-        parts = (first_head + block) * splits + part
-        top = tl.load(stats + parts * 2, mask=part < splits, other=float("-inf"))
-        total = tl.load(stats + parts * 2 + 1, mask=part < splits, other=0.0)
-        acc = tl.load(
-            partial + parts[:, None] * HEAD_DIM + d[None, :],
-            mask=(part < splits)[:, None] & (d < HEAD_DIM)[None, :],
-            other=0.0,
-        )
-        highest = tl.max(top, 0)
-        weight = tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest))
-        sums = tl.sum(total * weight, 0)
-        result = tl.sum(acc * weight[:, None], 0) / tl.where(sums == 0.0, 1.0, sums)
-        tl.store(out + (first_head + block) * HEAD_DIM + d, result.to(out.dtype.element_ty), mask=d < HEAD_DIM)
 
     if SCORED:
         g = tl.arange(0, BLOCK_G)
-        parts = (first_head + g)[:, None] * splits + part[None, :]
-        there = (g < GROUP)[:, None] & (part < splits)[None, :]
+        in_group = g < GROUP
+        parts = (pair * GROUP + g)[None, :] * splits + part[:, None]
+        there = in_group[None, :] & (part < splits)[:, None]
         top = tl.load(stats + parts * 2, mask=there, other=float("-inf"))
         total = tl.load(stats + parts * 2 + 1, mask=there, other=0.0)
-        highest = tl.max(top, 1)
-        highest = tl.where(highest == float("-inf"), 0.0, highest)
-        sums = tl.sum(total * tl.exp2(top - highest[:, None]), 1)
-        scale = tl.where(sums == 0.0, 0.0, 1.0 / (sums * GROUP))
-
         s = block * BLOCK_S + tl.arange(0, BLOCK_S)
         inside = s < slots
         x = tl.load(
-            logits + (first_head + g)[:, None] * slots + s[None, :],
-            mask=(g < GROUP)[:, None] & inside[None, :],
+            logits + (pair * slots + s)[:, None] * GROUP + g[None, :],
+            mask=inside[:, None] & in_group[None, :],
             other=float("-inf"),
         )
-        p = tl.sum(tl.exp2(x - highest[:, None]) * scale[:, None], 0)
-        if WEIGHTED:
-            p = p * tl.load(norms + (row * kv_heads + head) * slots + s, mask=inside, other=0.0)
-        target = tl.load(ring + row * ring_row + head * ring_head + tl.load(used + row) % ring_size)
-        old = inside & (s != target)
         mass += row * mass_row + head * mass_head + s
         peak += row * peak_row + head * peak_head + s
-        tl.store(mass, tl.load(mass, mask=old, other=0.0) * mass_decay + p, mask=inside)
-        tl.store(peak, tl.maximum(tl.load(peak, mask=old, other=0.0) * peak_decay, p), mask=inside)
+        old_mass = tl.load(mass, mask=inside, other=0.0)
+        old_peak = tl.load(peak, mask=inside, other=0.0)
+        highest = tl.max(top, 0)
+        highest = tl.where(highest == float("-inf"), 0.0, highest)
+        sums = tl.sum(total * tl.exp2(top - highest[None, :]), 0)
+        share = tl.where(sums == 0.0, 0.0, 1.0 / (sums * GROUP))
+        p = tl.sum(tl.exp2(x - highest[None, :]) * share[None, :], 1)
+        if WEIGHTED:
+            p = p * tl.load(norms + pair * slots + s, mask=inside, other=0.0)
+        tl.store(mass, old_mass * mass_decay + p, mask=inside)
+        tl.store(peak, tl.maximum(old_peak * peak_decay, p), mask=inside)
+
+    if block < GROUP:
+        d = tl.arange(0, BLOCK_D)
+        own = (pair * GROUP + block) * splits + part
+        own_top = tl.load(stats + own * 2, mask=part < splits, other=float("-inf"))
+        own_total = tl.load(stats + own * 2 + 1, mask=part < splits, other=0.0)
+        acc = tl.load(
+            partial + own[:, None] * HEAD_DIM + d[None, :],
+            mask=(part < splits)[:, None] & (d < HEAD_DIM)[None, :],
+            other=0.0,
+        )
+        own_highest = tl.max(own_top, 0)
+        weight = tl.exp2(own_top - tl.where(own_highest == float("-inf"), 0.0, own_highest))
+        own_sum = tl.sum(own_total * weight, 0)
+        result = tl.sum(acc * weight[:, None], 0) / tl.where(own_sum == 0.0, 1.0, own_sum)
+        tl.store(out + (pair * GROUP + block) * HEAD_DIM + d, result.to(out.dtype.element_ty), mask=d < HEAD_DIM)
 
 
-def _config(
-    slots: int, programs: int, head_dim: int, element: int, device: torch.device
-) -> tuple[int, int, int, int, int]:
-    """Choose (splits, slots per split, slots per tile, stages, warps) for `programs` pairs of row and kv head."""
+def _config(slots: int, programs: int, row_bytes: int, device: torch.device) -> tuple[int, int, int, int]:
+    """Choose (splits, slots per split, slots per tile, stages) for `programs` pairs of row and kv head."""
     if device.type != "cuda":
-        return min(2, triton.cdiv(slots, 16)), triton.cdiv(triton.cdiv(slots, 16), 2) * 16, 16, 1, 4
-    tile = 64 if head_dim * element <= 256 else 32
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+        tile, stages, processors = 16, 1, programs
+    else:
+        tile, stages = (128 if row_bytes <= 256 else 64 if row_bytes <= 512 else 32), 2
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        if tile == 128 and programs * triton.cdiv(slots, tile) < processors:
+            tile = 64
     tiles = triton.cdiv(slots, tile)
     # Two programs per multiprocessor hide each other's latency; a split shorter than one tile gains nothing.
     splits = max(1, min(tiles, MAX_SPLITS, 2 * processors // programs))
     per_split = triton.cdiv(tiles, splits) * tile
-    return triton.cdiv(slots, per_split), per_split, tile, 3, 4
+    return triton.cdiv(slots, per_split), per_split, tile, stages
 
 
 def _run(
@@ -276,32 +296,37 @@ def _run(
     value_weighted: bool,
     softcap: float,
     window: int,
+    look_gap: int,
 ) -> Tensor:
     batch, query_heads, head_dim = q.shape
     kv_heads, slots = keys.shape[1:3]
     group = query_heads // kv_heads
     scored = mass is not None and peak is not None
-    weighted = scored and value_weighted
+    weighted = scored and (value_weighted or look_gap > 0)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    splits, per_split, tile, stages, warps = _config(
-        slots, batch * kv_heads, head_dim, keys.element_size(), keys.device
-    )
+    splits, per_split, tile, stages = _config(slots, batch * kv_heads, head_dim * keys.element_size(), keys.device)
 
-    scratch = {"dtype": torch.float32, "device": q.device}
+    scratch: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     out = torch.empty((batch, query_heads, head_dim), dtype=q.dtype, device=q.device)
     partial = torch.empty((batch, query_heads, splits, head_dim), **scratch)
     stats = torch.empty((batch, query_heads, splits, 2), **scratch)
     logits = torch.empty((batch, query_heads, slots), **scratch) if scored else stats
     norms = torch.empty((batch, kv_heads, slots), **scratch) if weighted else stats
     block_d = triton.next_power_of_2(head_dim)
+    strides = (*mass.stride()[:2], *peak.stride()[:2]) if mass is not None and peak is not None else (0, 0, 0, 0)
+    # The merge is launched while the splits still run and waits on the device for their end.
+    chained = q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) >= (9, 0)
 
     _attend[(splits, kv_heads, batch)](
         q,
         k,
         v,
+        *(TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, tile, block_d]) for t in (keys, values)),
         keys,
         values,
         positions,
+        mass if mass is not None else stats,
+        peak if peak is not None else stats,
         ring,
         used,
         seen,
@@ -315,43 +340,42 @@ def _run(
         *keys.stride()[:3],
         *values.stride()[:3],
         *positions.stride()[:2],
+        *strides,
         *ring.stride()[:2],
         slots,
         ring.shape[2],
         per_split,
         window,
+        look_gap,
         scale,
         softcap,
         GROUP=group,
         HEAD_DIM=head_dim,
-        BLOCK_G=max(16, triton.next_power_of_2(group)),  # the matrix units take 16 rows at least
+        BLOCK_G=max(8, triton.next_power_of_2(group)),  # the matrix units take 8 columns at least
         BLOCK_D=block_d,
         BLOCK_S=tile,
         SCORED=scored,
         WEIGHTED=weighted,
+        VALUED=value_weighted,
         WINDOWED=window > 0,
         CAPPED=softcap > 0,
         PRECISION=precision(q.dtype, q.device),
         STAGES=stages,
-        num_warps=warps,
+        CHAINED=chained,
+        num_warps=4,
     )
     block_s = 256 if q.device.type == "cuda" else triton.next_power_of_2(slots)
     blocks = max(group, triton.cdiv(slots, block_s)) if scored else group
     _merge[(blocks, kv_heads, batch)](
         out,
-        mass if scored else stats,
-        peak if scored else stats,
-        ring,
-        used,
+        mass if mass is not None else stats,
+        peak if peak is not None else stats,
         logits,
         norms,
         partial,
         stats,
-        *(mass.stride()[:2] if mass is not None else (0, 0)),
-        *(peak.stride()[:2] if peak is not None else (0, 0)),
-        *ring.stride()[:2],
+        *strides,
         slots,
-        ring.shape[2],
         splits,
         mass_decay,
         peak_decay,
@@ -363,7 +387,9 @@ def _run(
         BLOCK_P=triton.next_power_of_2(splits),
         SCORED=scored,
         WEIGHTED=weighted,
+        CHAINED=chained,
         num_warps=4,
+        **({"launch_pdl": True} if chained else {}),
     )
     return out
 
@@ -397,12 +423,13 @@ def decode(
     value_weighted: bool,
     softcap: float = 0.0,
     window: int = 0,
+    look_gap: int = 0,
 ) -> Tensor:
     """Attend with one new token per row over the slots, in place.
 
-    Row b, kv head h overwrites slot ``ring[b, h, used[b] % R]`` with its new key and value, sets that slot's position to
-    ``seen[b]`` and its scores to 0, attends to every slot whose position is 0 or more, and updates mass and peak of every slot.
-    ``used`` and ``seen`` are read, never advanced. A ring entry of -1 writes no token.
+    Row b, kv head h overwrites slot ``ring[b, h, used[b] % R]`` with its new key and value, sets that slot's
+    position to ``seen[b]`` and its scores to 0, attends to every slot whose position is 0 or more, and updates mass
+    and peak of every slot. ``used`` and ``seen`` are read, never advanced. A ring entry of -1 writes no token.
 
     Parameters
     ----------
@@ -411,7 +438,8 @@ def decode(
     k, v : Tensor
         New keys and values ``[batch, kv_heads, head_dim]``; any strides.
     keys, values : Tensor
-        Slots ``[batch, kv_heads, slots, head_dim]``, the last axis contiguous; written. Empty slots may hold anything, NaN included.
+        Slots ``[batch, kv_heads, slots, head_dim]``, the last axis contiguous; written. Empty slots may hold
+        anything, NaN included.
     positions : Tensor
         int32 ``[batch, kv_heads, slots]``, -1 = empty; written.
     mass, peak : Tensor or None
@@ -425,11 +453,13 @@ def decode(
     mass_decay, peak_decay : float
         Factors by which the scores fade per token.
     value_weighted : bool
-        Multiply the probabilities that enter the ledger by the float32 norm of the slot's value.
+        Multiply the probabilities that enter the ledger by the length of the slot's value over that of its key, in float32.
     softcap : float
         Logits become ``softcap * tanh(logit / softcap)``; 0 = off.
     window : int
         Only slots with ``seen - position < window`` are attended; 0 = off. The scores of the others fade.
+    look_gap : int
+        The ledger counts a look only at a distance of at least this many tokens.
 
     Returns
     -------
@@ -456,4 +486,5 @@ def decode(
         value_weighted,
         softcap,
         window,
+        look_gap,
     )

@@ -1,14 +1,15 @@
-"""Prefill: a chunk of new tokens attends to the stored slots and to itself, and every column learns how it was looked at.
+"""Prefill: a chunk of tokens attends to the stored slots and itself, and every column learns how it was looked at.
 
-The attention is torch's fused one where nothing but causality is asked for, else `_attend`; both give the log-sum-exp of every
-query. `_score` then recomputes the logits tile by tile, keys resident and queries streaming, and takes the decayed sum and maximum
-of the group's mean probability down each column. One program owns a column, so nothing is atomic and two runs give the same bits.
-Memory is linear in the chunk.
+The attention is torch's fused one where nothing but causality is asked for, else `_attend`; both give the
+log-sum-exp of every query. `_score` then recomputes the logits tile by tile, keys resident and queries streaming,
+and takes the decayed sum and maximum of the group's mean probability down each column. One program owns a column, so
+nothing is atomic and two runs give the same bits. Memory is linear in the chunk.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -18,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import LOG2E, base2_logits, dot, precision
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: N803, N806 (Triton's constexpr parameters are upper case)
 
 
@@ -253,8 +255,8 @@ def _prepare(
 ):
     """Lay out what `_score` subtracts from a logit in base 2, [row, kv head, tile, head in group, query in tile].
 
-    It holds the log-sum-exp, the group's size and the slower of the two decays, so that one exp2 does all three; +inf for what
-    must count nothing. `ratios` is the other decay over that one, [row, tile, query in tile].
+    It holds the log-sum-exp, the group's size and the slower of the two decays, so that one exp2 does all three;
+    +inf for what must count nothing. `ratios` is the other decay over that one, [row, tile, query in tile].
     """
     tile = tl.program_id(0)
     head = tl.program_id(1)
@@ -262,10 +264,7 @@ def _prepare(
     tiles = tl.num_programs(0)
     g = tl.arange(0, BLOCK_G)
     i = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    if PADDED:
-        age = tl.load(ages + row * queries + i, mask=i < queries, other=-1)
-    else:
-        age = queries - 1 - i
+    age = tl.load(ages + row * queries + i, mask=i < queries, other=-1) if PADDED else queries - 1 - i
     there = (g < GROUP)[:, None] & (age >= 0)[None, :]
     heads = (row * tl.num_programs(1) + head) * GROUP + g
     x = tl.load(lse + heads[:, None] * queries + i[None, :], mask=there, other=float("inf"))
@@ -298,6 +297,7 @@ def _score_tiles(
     scale,
     softcap,
     window,
+    gap,
     GROUP: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -328,17 +328,18 @@ def _score_tiles(
         if GENERAL:
             query_ages = tl.load(ages + i, mask=i < queries, other=-1)
             distance = column_ages[:, None] - query_ages[None, :]
-            visible = distance >= 0
+            visible = distance >= gap
             if WINDOWED:
                 visible = visible & (distance < window)
             p = tl.where(visible, p, 0.0)
         elif CAUSAL:
-            p = tl.where(columns[:, None] <= i[None, :], p, 0.0)
+            p = tl.where(column_ages[:, None] - (queries - 1 - i)[None, :] >= gap, p, 0.0)
         if FOLDED == "both":
             peak = tl.maximum(peak, tl.max(p, 1))
             mass += tl.sum(p, 1)
         else:
-            # The other decay: read where padding makes the ages uneven, else a vector in registers times one power per tile.
+            # The other decay: read where padding makes the ages uneven, else a vector in registers times one power
+            # per tile.
             if GENERAL:
                 other = p * tl.load(ratios + i)[None, :]
                 power = 1.0
@@ -395,6 +396,7 @@ def _score(
     scale,
     softcap,
     window,
+    gap,
     log_mass_decay,
     log_peak_decay,
     GROUP: tl.constexpr,
@@ -433,8 +435,8 @@ def _score(
         column_ages = tl.where(position >= 0, end - 1 - position, -1)
         base = keys + wide_row * keys_row + head * keys_head
         base += columns[:, None].to(tl.int64) * keys_column
-        # Every query of the chunk sees every stored token: no diagonal.
-        diagonal = 0
+        # Every query of the chunk sees every stored token; looks of the first ones may come from too near.
+        diagonal = tl.minimum(tl.cdiv(gap, BLOCK_Q), tiles)
     else:
         columns = (block - stored_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
         there = columns < queries
@@ -445,7 +447,7 @@ def _score(
         base = k + wide_row * k_row + head * k_head
         base += columns[:, None].to(tl.int64) * k_column
         low = (block - stored_blocks) * BLOCK_K // BLOCK_Q
-        diagonal = tl.minimum(low + tl.cdiv(BLOCK_K, BLOCK_Q), tiles)
+        diagonal = tl.minimum(low + tl.cdiv(BLOCK_K + gap, BLOCK_Q), tiles)
         if WINDOWED and not PADDED:
             high = tl.minimum(tiles, ((block - stored_blocks + 1) * BLOCK_K + window) // BLOCK_Q + 1)
     k_tile = tl.load(base + d[None, :], mask=there[:, None] & in_dim, other=0.0)
@@ -477,6 +479,7 @@ def _score(
             scale,
             softcap,
             window,
+            gap,
             GROUP,
             BLOCK_G,
             BLOCK_D,
@@ -511,6 +514,7 @@ def _score(
         scale,
         softcap,
         window,
+        gap,
         GROUP,
         BLOCK_G,
         BLOCK_D,
@@ -535,8 +539,8 @@ def _score(
         else:
             base = v + wide_row * v_row + head * v_head
             base += columns[:, None].to(tl.int64) * v_column
-        wide = tl.load(base + d[None, :], mask=real[:, None] & in_dim, other=0.0).to(tl.float32)
-        weight = tl.sqrt(tl.sum(wide * wide, 1))
+        v_tile = tl.load(base + d[None, :], mask=real[:, None] & in_dim, other=0.0)
+        weight = look_weight(tl.where(real[:, None], k_tile, 0.0), v_tile, 1)
         sums *= weight
         maxima *= weight
     target = (wide_row * kv_heads + head) * (slots + queries) + columns
@@ -552,7 +556,7 @@ def _score(
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor] | None:
-    """Run torch's fused attention: (out, natural log-sum-exp [batch, query_heads, queries]), or None where there is none."""
+    """Run torch's fused attention: (out, natural log-sum-exp [batch, heads, queries]), or None where there is none."""
     if (
         q.device.type != "cuda"
         or q.dtype not in (torch.float16, torch.bfloat16)
@@ -560,7 +564,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple
         or q.shape[-1] > 256
     ):
         return None
-    if q.shape[-1] <= 128 and torch.backends.cuda.cudnn_sdp_enabled():
+    if q.shape[-1] <= 128 and torch.backends.cuda.cudnn_sdp_enabled():  # type: ignore[no-untyped-call]
         try:
             out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
                 q, k, v, None, True, 0.0, causal, False, scale=scale
@@ -588,7 +592,7 @@ def _attention(
     plain: bool,
     padded: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Output and natural log-sum-exp of the chunk's queries; `plain`: causality is the only mask and every slot is filled."""
+    """Attend, and give the natural log-sum-exp; `plain`: causality is the only mask and every slot is filled."""
     batch, query_heads, queries, head_dim = q.shape
     slots = keys.shape[2]
     block_d = triton.next_power_of_2(head_dim)
@@ -660,12 +664,12 @@ def _attention(
 
 
 def _log2(decay: float) -> float:
-    """Base 2 logarithm of a decay; 0 gives a number so low that any power of it but the 0th is 0."""
+    """Take the base 2 logarithm of a decay; 0 gives a number so low that any power of it but the 0th is 0."""
     return math.log2(decay) if decay > 0 else -1e4
 
 
 def _described(q: Tensor) -> Tensor:
-    """A view or copy of q that a tensor descriptor accepts: last axis contiguous, rows and base on 16 bytes."""
+    """Give a view or copy of q that a tensor descriptor accepts: last axis contiguous, rows and base on 16 bytes."""
     size = q.element_size()
     if q.stride(-1) == 1 and q.data_ptr() % 16 == 0 and all(s * size % 16 == 0 for s in q.stride()[:-1]):
         return q
@@ -677,7 +681,7 @@ def _tiles(q: Tensor, group: int) -> tuple[int, int, int, int]:
     """Choose (columns, query rows of all heads of a group, warps, stages) of a tile of `_score`."""
     heads = triton.next_power_of_2(group)
     if q.device.type != "cuda":
-        return 32, max(16, heads), 4, 1
+        return 32, max(64, heads), 4, 1
     if q.dtype == torch.float32:
         return (32, max(32, heads), 4, 1) if q.shape[-1] > 128 else (64, max(32, heads), 4, 2)
     return (128, max(64, heads), 8, 2) if q.shape[-1] > 128 else (128, max(128, heads), 8, 2)
@@ -702,6 +706,7 @@ def _scores(
     value_weighted: bool,
     softcap: float,
     window: int,
+    look_gap: int,
     padded: bool,
 ) -> tuple[Tensor, Tensor]:
     """Mass and peak of the stored slots and the chunk's columns, [batch, kv_heads, slots + queries] each."""
@@ -713,7 +718,7 @@ def _scores(
     block_q = rows // block_g
     block_d = triton.next_power_of_2(head_dim)
     tiles = triton.cdiv(queries, block_q)
-    new = {"dtype": torch.float32, "device": q.device}
+    new: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     shift = torch.empty(batch * kv_heads * tiles * rows, **new)
     ratios = torch.empty(batch * tiles * block_q, **new)
     new_mass = torch.empty((batch, kv_heads, slots + queries), **new)
@@ -764,6 +769,7 @@ def _scores(
         scale,
         softcap,
         window,
+        look_gap,
         _log2(mass_decay),
         _log2(peak_decay),
         GROUP=group,
@@ -801,6 +807,7 @@ def _run(
     value_weighted: bool,
     softcap: float,
     window: int,
+    look_gap: int,
     padded: bool,
     full: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -831,6 +838,7 @@ def _run(
         value_weighted,
         softcap,
         window,
+        look_gap,
         padded,
     )
     return out, new_mass, new_peak
@@ -840,21 +848,11 @@ _operator = torch.library.custom_op("liquidfusion::prefill", _run, mutates_args=
 
 
 @_operator.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    ages: Tensor,
-    first: Tensor,
-    mass: Tensor | None,
-    *_: object,
-) -> tuple[Tensor, Tensor, Tensor]:
-    columns = keys.shape[2] + k.shape[2]
-    shape = (0,) if mass is None else (*keys.shape[:2], columns)
-    return torch.empty_like(q), *(torch.empty(shape, dtype=torch.float32, device=q.device) for _ in range(2))
+def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    k, _, keys = rest[:3]
+    shape = (0,) if rest[7] is None else (*keys.shape[:2], keys.shape[2] + k.shape[2])
+    mass, peak = (torch.empty(shape, dtype=torch.float32, device=q.device) for _ in range(2))
+    return torch.empty_like(q), mass, peak
 
 
 def prefill(
@@ -874,6 +872,7 @@ def prefill(
     value_weighted: bool,
     softcap: float = 0.0,
     window: int = 0,
+    look_gap: int = 0,
     first_position: int | Tensor = 0,
     padded: bool | None = None,
     full: bool | None = None,
@@ -887,11 +886,13 @@ def prefill(
     k, v : Tensor
         New keys and values ``[batch, kv_heads, n, head_dim]``.
     keys, values : Tensor
-        Stored slots ``[batch, kv_heads, slots, head_dim]``, the last axis contiguous; slots may be 0, empty slots may hold anything.
+        Stored slots ``[batch, kv_heads, slots, head_dim]``, the last axis contiguous; slots may be 0, empty slots
+        may hold anything.
     positions : Tensor
         int32 ``[batch, kv_heads, slots]``, -1 = empty.
     ages : Tensor
-        int32 ``[batch, n]``: real tokens after this one in the chunk, -1 = padding (which neither queries nor is attended).
+        int32 ``[batch, n]``: real tokens after this one in the chunk, -1 = padding (which neither queries nor is
+        attended).
     mass, peak : Tensor or None
         float32 ``[batch, kv_heads, slots]`` before the call, not written. Both None: attention only.
     scale : float
@@ -899,22 +900,26 @@ def prefill(
     mass_decay, peak_decay : float
         Factors by which the scores fade per token.
     value_weighted : bool
-        Multiply what enters mass and peak by the float32 norm of the column's value.
+        Multiply what enters mass and peak by the length of the column's value over that of its key, in float32.
     softcap : float
         Logits become ``softcap * tanh(logit / softcap)``; 0 = off.
     window : int
         Only keys at a distance below it are attended; 0 = off.
+    look_gap : int
+        The ledger counts a look only at a distance of at least this many tokens.
     first_position : int or Tensor
         Position of the first real token of the chunk, for all rows or int32 ``[batch]`` on the device.
     padded, full : bool or None
-        Whether `ages` contains -1, and whether every slot is filled. None: found out, at the price of waiting for the device.
+        Whether `ages` contains -1, and whether every slot is filled. None: found out, at the price of waiting for
+        the device.
 
     Returns
     -------
     out : Tensor
         ``[batch, query_heads, n, head_dim]``; a query that sees no key gives 0.
     mass, peak : Tensor or None
-        float32 ``[batch, kv_heads, slots + n]``, stored slots first, new columns after them; 0 where there is no token.
+        float32 ``[batch, kv_heads, slots + n]``, stored slots first, new columns after them; 0 where there is no
+        token.
     """
     if padded is None:
         padded = bool((ages < 0).any())
@@ -942,6 +947,7 @@ def prefill(
         value_weighted,
         softcap,
         window,
+        look_gap,
         padded,
         full,
     )
