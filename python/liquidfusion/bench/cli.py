@@ -201,6 +201,59 @@ def run(
 
 
 @app.command()
+def plan(
+    model: ModelOption = "smollm2",
+    gpu: Annotated[
+        str | None, typer.Option(help="A GPU by name: h100, a100, l4, rtx4090, …", show_default=False)
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="Memory of the device in GB.", show_default="of --gpu, else h100")
+    ] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="Memory bandwidth in TB/s.", show_default="of --gpu, else h100")
+    ] = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of prompt and answer.")] = 32768,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    strategy: Annotated[
+        str, typer.Option("--strategy", "-s", autocompletion=_strategy_names, help="What to keep.")
+    ] = "liquid_fusion",
+    cache_size: Annotated[
+        float | None, typer.Option("--cache-size", "-c", min=1, max=100, help="Percent of the context.")
+    ] = None,
+    budget: Annotated[int | None, typer.Option(help="Tokens kept.", show_default="2048")] = None,
+    dtype: Annotated[str, typer.Option(help="Of weights and cache: float32, bfloat16 or float16.")] = "bfloat16",
+    reserve: Annotated[float, typer.Option(help="Share of the memory held back.")] = 0.1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell what fits into a GPU, and how much faster it can be, from a model's configuration alone."""
+    import torch
+
+    from liquidfusion.bench import models, output, planning, results
+    from liquidfusion.bench.caches import CacheOptions
+
+    of_gpu = planning.gpu(gpu or "h100")
+    cache = CacheOptions(
+        strategy=strategy, cache_size=cache_size, budget=2048 if cache_size is None and budget is None else budget
+    )
+    cache.spec()
+    kind = models.resolve_dtype(dtype, torch.device("cuda"))
+    found = planning.plan(
+        planning.read_config(model),
+        cache,
+        memory=of_gpu[0] if memory is None else memory * 1e9,
+        bandwidth=of_gpu[1] if bandwidth is None else bandwidth * 1e12,
+        context=context,
+        batch=batch,
+        dtype=kind,
+        reserve=reserve,
+    )
+    if as_json:
+        typer.echo(results.to_json(found.as_dict()), nl=False)
+    else:
+        output.show_plan(found, f"{model}, {context:,} tokens, batch {batch}", strategy)
+
+
+@app.command()
 def tasks() -> None:
     """List the tasks and their own options."""
     from liquidfusion.bench import output

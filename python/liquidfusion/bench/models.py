@@ -103,7 +103,7 @@ def load(name: str = EMBEDDED, *, device: str = "auto", dtype: str = "auto") -> 
             tokenizer = AutoTokenizer.from_pretrained(source)
             model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=kind)
         except (OSError, ValueError, ImportError) as error:
-            raise ModelError(f"model {name!r} cannot be loaded: {_first_line(error)}{advice}") from error
+            raise ModelError(f"model {name!r} cannot be loaded: {first_line(error)}{advice}") from error
     label = name if name == EMBEDDED or not Path(name).is_dir() else Path(name).resolve().name
     return Loaded(label, model.to(place).eval(), tokenizer)
 
@@ -161,7 +161,7 @@ def converted(weights: Path, directory: Path | None = None) -> Path:
         with contextlib.suppress(OSError):  # another process was first: its copy is as good
             building.rename(target)
     except OSError as error:
-        raise ModelError(f"cannot convert the embedded model into {home}: {_first_line(error)}") from error
+        raise ModelError(f"cannot convert the embedded model into {home}: {first_line(error)}") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return target
@@ -184,8 +184,10 @@ def _dense(weights: Path) -> PreTrainedModel:
     return plain
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, without its full stop."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line.rstrip(".")
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from rich.table import Table
 from rich.text import Text
 
+from liquidfusion.bench.planning import Plan
 from liquidfusion.bench.tasks.task import Progress as Report
 
 
@@ -34,6 +35,32 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         grid.add_row(*(Text(cell) for cell in row))
     Console().print(grid)
+
+
+def show_plan(plan: Plan, title: str, strategy: str) -> None:
+    """Print a plan: the full cache beside the bounded one."""
+    fits = {True: "yes", False: "no"}
+    kept = "unbounded" if plan.budget is None else f"budget {plan.budget}"
+    table(
+        (title, "full cache", f"{strategy}, {kept}"),
+        [
+            ("weights", number(plan.weight_bytes, "bytes"), number(plan.weight_bytes, "bytes")),
+            ("cache", number(plan.full_cache_bytes, "bytes"), number(plan.bounded_cache_bytes, "bytes")),
+            ("fits", fits[plan.full_fits], fits[plan.bounded_fits]),
+            ("largest batch", str(plan.full_largest_batch), str(plan.bounded_largest_batch)),
+            (
+                "least time per token",
+                number(1000 * plan.full_step_seconds, "ms"),
+                number(1000 * plan.bounded_step_seconds, "ms"),
+            ),
+            ("speed-up", "1", f"{plan.speedup:.2f}"),
+            (
+                "most tokens/s at the largest batch",
+                number(round(plan.full_tokens_per_second)),
+                number(round(plan.bounded_tokens_per_second)),
+            ),
+        ],
+    )
 
 
 class Terminal:

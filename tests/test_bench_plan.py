@@ -1,0 +1,63 @@
+"""The plan against what models and caches really take."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import liquidfusion as lf
+from benchmodel import directory, loaded
+from liquidfusion.bench import planning
+from liquidfusion.bench.caches import CacheOptions, strategy_names
+from liquidfusion.bench.cli import main
+from liquidfusion.exceptions import ConfigError
+from liquidfusion.install import cache_keyword
+
+
+@pytest.mark.parametrize("strategy", [name for name in strategy_names() if name != "full"])
+def test_bytes_are_those_of_model_and_cache(strategy: str) -> None:
+    model = loaded().model
+    cache = lf.KVCache(model, strategy, 48)
+    ids = torch.randint(2, 90, (3, 200), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model(ids, **{cache_keyword(model): cache})
+    found = planning.plan(
+        planning.read_config(str(directory())),
+        CacheOptions(strategy=strategy, budget=48),
+        memory=1e9,
+        bandwidth=1e12,
+        context=200,
+        batch=3,
+        dtype=torch.float32,
+    )
+    assert found.bounded_cache_bytes == cache.nbytes
+    assert found.weight_bytes == sum(p.nbytes for p in model.parameters())
+    assert found.full_cache_bytes == 3 * 2 * 2 * 200 * 2 * 8 * 4
+
+
+def test_arithmetic() -> None:
+    config = planning.read_config(str(directory()))
+    options = {"memory": 2e6, "bandwidth": 1e9, "context": 4096, "dtype": torch.float32, "reserve": 0.0}
+    found = planning.plan(config, CacheOptions(budget=64), **options)
+    row = found.bounded_cache_bytes
+    assert found.bounded_largest_batch == (2e6 - found.weight_bytes) // row
+    assert found.bounded_fits
+    assert found.full_largest_batch == (2e6 - found.weight_bytes) // found.full_cache_bytes
+    assert found.speedup == pytest.approx(found.full_step_seconds / found.bounded_step_seconds)
+    assert found.speedup > 1
+    tiny = planning.plan(config, CacheOptions(budget=64), **{**options, "memory": 1000.0})
+    assert not tiny.bounded_fits
+    assert tiny.bounded_largest_batch == tiny.bounded_tokens_per_second == 0
+    with pytest.raises(ConfigError, match="reserve"):
+        planning.plan(config, CacheOptions(), **{**options, "reserve": 1.0})
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "-m", str(directory()), "--gpu", "l4", "--context", "4096", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["budget"] == 2048
+    assert main(["plan", "-m", str(directory()), "--cache-size", "10"]) == 0
+    assert "largest batch" in capsys.readouterr().out
+    assert main(["plan", "-m", str(directory()), "--gpu", "toaster"]) == 2
+    assert "h100" in capsys.readouterr().err
