@@ -398,6 +398,10 @@ class KVCache(Cache):
         if tokens is None:
             raise CacheError("the call has neither input_ids nor inputs_embeds")
         batch, columns = tokens.shape[:2]
+        if not columns:
+            raise CacheError(
+                f"the call brings no new column after the {self._columns} that the cache has seen; for a new prompt call reset()"
+            )
         if self._columns and self._store is not None and batch != self._store.batch:
             raise CacheError(
                 f"the call has {batch} rows, the cache holds {self._store.batch}; call reset() for a new prompt"
@@ -695,6 +699,7 @@ class Call:
             value_weighted=store.spec.value_weighted,
             softcap=softcap,
             window=window,
+            look_gap=store.spec.look_gap,
             first_position=torch.tensor(self.seen, dtype=torch.int32, device=key.device),
             padded=self.ranks is not None,
             full=min(self.seen) >= store.slots,

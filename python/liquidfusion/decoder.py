@@ -44,7 +44,7 @@ class DecodeCall:
         self.rings = list(ring.unbind())
         self.used, self.seen = used, seen
         self.mass_decay, self.peak_decay = spec.mass_decay, spec.peak_decay
-        self.value_weighted = spec.value_weighted
+        self.value_weighted, self.look_gap = spec.value_weighted, spec.look_gap
         self.layer = -1
         self.attended = 0
 
@@ -74,6 +74,7 @@ class DecodeCall:
             value_weighted=self.value_weighted,
             softcap=softcap,
             window=window,
+            look_gap=self.look_gap,
         )
         return out[:, :, None]
 

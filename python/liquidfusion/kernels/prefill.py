@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .common import LOG2E, base2_logits, dot, precision
+from .common import LOG2E, base2_logits, dot, look_weight, precision
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: N803, N806 (Triton's constexpr parameters are upper case)
