@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a short text")
     args = parser.parse_args()
     if args.quick:
-        args.tokens = 512
+        args.tokens = 256
 
     loaded = load(args.model)
     model, tokenizer = loaded.model, loaded.tokenizer

@@ -25,10 +25,10 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=256, help="tokens that the cache may hold")
     parser.add_argument("--max-tokens", type=int, default=60, help="longest answer")
     parser.add_argument("--turns", type=int, default=10, help="questions asked when nobody types")
-    parser.add_argument("--quick", action="store_true", help="three short turns, nobody types")
+    parser.add_argument("--quick", action="store_true", help="two short turns, nobody types")
     args = parser.parse_args()
     if args.quick:
-        args.turns, args.max_tokens = 3, 16
+        args.turns, args.max_tokens = 2, 8
 
     loaded = load(args.model)
     model, tokenizer = loaded.model, loaded.tokenizer

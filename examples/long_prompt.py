@@ -24,7 +24,7 @@ def main() -> None:
     loaded = load(args.model)
     model, tokenizer = loaded.model, loaded.tokenizer
     text = args.file.read_text() if args.file else "\n\n".join(topics[name] for name in sorted(topics))
-    inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=1024 if args.quick else 6000).to(
+    inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=640 if args.quick else 6000).to(
         model.device
     )
     prompt = inputs["input_ids"].shape[1]
@@ -34,7 +34,7 @@ def main() -> None:
         **inputs,
         **{cache_keyword(model): cache},
         prefill_chunk_size=256,  # memory never exceeds budget + chunk, however long the prompt
-        max_new_tokens=16 if args.quick else args.max_tokens,
+        max_new_tokens=8 if args.quick else args.max_tokens,
         do_sample=False,
     )
 
