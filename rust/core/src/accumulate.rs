@@ -1,33 +1,87 @@
 //! Attention probabilities into mass and peak.
+//!
+//! The probabilities are read once, in blocks of columns whose sums stay in registers, and checked on the way: a float is finite and
+//! not negative when its bits are small enough. Results are written when everything was found good.
+
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::error::{Result, fail};
-use crate::select::valid;
+use crate::select::{FINITE, valid};
+use crate::simd::{self, Lanes, Work};
 use crate::threads;
 use crate::view::{View, ViewMut};
 
 /// An element type of the probabilities.
 pub trait Element: Copy + Send + Sync {
-    /// The value in single precision.
+    /// Largest [`Element::order`] of a finite value that is not negative.
+    const FINITE: u32;
+
+    /// The value in single precision; arbitrary where `order` is beyond `FINITE`, but for the sign of zero.
     fn value(self) -> f32;
+
+    /// The bits, ordered like the values of finite numbers that are not negative; all others, and -0.0, come after those.
+    fn order(self) -> u32;
+
+    /// The exact value of anything, slowly.
+    fn exact(self) -> f32;
 }
 
 impl Element for f32 {
+    const FINITE: u32 = FINITE;
+
     #[inline(always)]
     fn value(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    fn order(self) -> u32 {
+        self.to_bits()
+    }
+
+    fn exact(self) -> f32 {
         self
     }
 }
 
 impl Element for half::bf16 {
+    const FINITE: u32 = 0x7f7f_0000;
+
     #[inline(always)]
     fn value(self) -> f32 {
-        f32::from_bits(u32::from(self.to_bits()) << 16)
+        f32::from_bits(self.order())
+    }
+
+    #[inline(always)]
+    fn order(self) -> u32 {
+        u32::from(self.to_bits()) << 16
+    }
+
+    fn exact(self) -> f32 {
+        self.to_f32()
     }
 }
 
 impl Element for half::f16 {
+    const FINITE: u32 = 0x7bff_0000;
+
     #[inline(always)]
     fn value(self) -> f32 {
+        // Move the exponent; a subnormal gets a leading one, which is subtracted again. Unlike the multiplication by 2^112 often
+        // seen here, this meets no subnormal in single precision, which are slow or flushed to zero on some machines.
+        let bits = u32::from(self.to_bits() & 0x7fff) << 13;
+        let normal = f32::from_bits(bits + (112 << 23));
+        let subnormal = f32::from_bits(bits + (113 << 23)) - f32::from_bits(113 << 23);
+        if bits < 1 << 23 { subnormal } else { normal }
+    }
+
+    #[inline(always)]
+    fn order(self) -> u32 {
+        u32::from(self.to_bits()) << 16
+    }
+
+    fn exact(self) -> f32 {
         self.to_f32()
     }
 }
@@ -52,6 +106,130 @@ pub struct Looks<'a, T> {
     pub elapsed: &'a [u32],
     /// Factors of the probabilities `[batch, heads, columns]`.
     pub weights: Option<View<'a, f32, 3>>,
+}
+
+/// Columns whose sums are kept in registers.
+const BLOCK: usize = 32;
+
+/// Columns of one piece of work: its mass and peak stay in the first-level cache while the queries pass.
+const TILE: usize = 1024;
+
+/// Bytes of probabilities below which helpers cost more than they bring.
+const WORTH_THREADS: usize = 1 << 20;
+
+/// Factors of a query that is no padding: what one of the group's probabilities adds to the mass, and to the peak.
+type Factors = Option<(f32, f32)>;
+
+/// Some columns of one (row, head).
+struct Tile<'a, T> {
+    /// Probabilities `[group, queries, columns]` of the head, of which `first` is the tile's first column.
+    probabilities: &'a [T],
+    group: usize,
+    columns: usize,
+    first: usize,
+    factors: &'a [Factors],
+    /// Sum and maximum over the queries, to be filled.
+    sums: &'a mut [f32],
+    peaks: &'a mut [f32],
+}
+
+/// Add `N` columns of one query; returns the largest order among them.
+#[inline(always)]
+fn look<T: Element, const N: usize>(
+    group: impl Iterator<Item = [T; N]>,
+    (to_mass, to_peak): (f32, f32),
+    sums: &mut [f32; N],
+    peaks: &mut [f32; N],
+    worst: &mut [u32; N],
+) {
+    let mut total = [0f32; N];
+    for probabilities in group {
+        for i in 0..N {
+            total[i] += probabilities[i].value();
+            worst[i] = worst[i].max(probabilities[i].order());
+        }
+    }
+    for i in 0..N {
+        sums[i] += to_mass * total[i];
+        let peak = to_peak * total[i];
+        peaks[i] = if peak > peaks[i] { peak } else { peaks[i] };
+    }
+}
+
+impl<T: Element> Work for Tile<'_, T> {
+    /// The largest order met.
+    type Output = u32;
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, _: L) -> u32 {
+        let queries = self.factors.len();
+        self.sums.fill(0.0);
+        self.peaks.fill(0.0);
+        let (mut worst, mut worst_one) = ([0u32; BLOCK], [0u32; 1]);
+        for (j, factors) in self.factors.iter().enumerate() {
+            let Some(factors) = *factors else { continue };
+            let (sums, sums_rest) = self.sums.as_chunks_mut::<BLOCK>();
+            let (peaks, peaks_rest) = self.peaks.as_chunks_mut::<BLOCK>();
+            let at = |g: usize| (g * queries + j) * self.columns + self.first;
+            let whole = sums.len() * BLOCK;
+            for (block, (sums, peaks)) in sums.iter_mut().zip(peaks).enumerate() {
+                let group = (0..self.group).map(|g| {
+                    let from = at(g) + block * BLOCK;
+                    self.probabilities[from..from + BLOCK].as_chunks::<BLOCK>().0[0]
+                });
+                look(group, factors, sums, peaks, &mut worst);
+            }
+            let (sums, _) = sums_rest.as_chunks_mut::<1>();
+            let (peaks, _) = peaks_rest.as_chunks_mut::<1>();
+            for (i, (sum, peak)) in sums.iter_mut().zip(peaks).enumerate() {
+                let group = (0..self.group).map(|g| [self.probabilities[at(g) + whole + i]]);
+                look(group, factors, sum, peak, &mut worst_one);
+            }
+        }
+        worst.into_iter().fold(worst_one[0], u32::max)
+    }
+}
+
+/// The new scores of some columns, from their sums and peaks in place.
+struct Merge<'a> {
+    mass: &'a [f32],
+    peak: &'a [f32],
+    weights: Option<&'a [f32]>,
+    mass_fade: f32,
+    peak_fade: f32,
+    sums: &'a mut [f32],
+    peaks: &'a mut [f32],
+}
+
+impl Work for Merge<'_> {
+    /// The largest bits met, old and new.
+    type Output = u32;
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, _: L) -> u32 {
+        let mut worst = 0;
+        if let Some(weights) = self.weights {
+            for ((sum, peak), &weight) in self.sums.iter_mut().zip(&mut *self.peaks).zip(weights) {
+                worst = worst.max(weight.to_bits());
+                *sum *= weight;
+                *peak *= weight;
+            }
+        }
+        let old = self.mass.iter().zip(self.peak);
+        for ((sum, peak), (&mass, &old_peak)) in self.sums.iter_mut().zip(self.peaks).zip(old) {
+            worst = worst.max(mass.to_bits()).max(old_peak.to_bits());
+            *sum += mass * self.mass_fade;
+            let faded = old_peak * self.peak_fade;
+            *peak = if faded > *peak { faded } else { *peak };
+            worst = worst.max(sum.to_bits()).max(peak.to_bits());
+        }
+        worst
+    }
+}
+
+thread_local! {
+    /// The new scores until they may be written.
+    static RESULTS: RefCell<Vec<f32>> = RefCell::default();
 }
 
 /// Add one call's attention: `mass = mass·γⁿ + w·Σ γ^age·p`, `peak = max(peak·πⁿ, w·max π^age·p)`, p averaged over the group.
@@ -79,71 +257,129 @@ pub fn accumulate<T: Element>(
             fail!(Config, "{name} must be a number from 0 to 1, got {factor}");
         }
     }
-    if group * queries * columns == 0 || batch * heads == 0 {
+    if group == 0 {
+        fail!(
+            Tensor,
+            "probabilities must have at least one query head per group, got the shape {:?}",
+            looks.probabilities.shape()
+        );
+    }
+    if batch * heads * columns == 0 {
         return Ok(());
     }
+    let fades: Vec<(f32, f32)> = (looks.elapsed.iter())
+        .map(|&n| (decay.mass.powf(f64::from(n)) as f32, decay.peak.powf(f64::from(n)) as f32))
+        .collect();
+    let per_probability = |factor: f64, age: i32| (factor.powf(f64::from(age)) / group as f64) as f32;
+    let factors: Vec<Factors> = (looks.ages.data().iter())
+        .map(|&age| (age >= 0).then(|| (per_probability(decay.mass, age), per_probability(decay.peak, age))))
+        .collect();
+
     let probabilities = looks.probabilities.data();
-    let per_head = group * queries * columns;
-    for (b, row) in probabilities.chunks_exact(heads * per_head).enumerate() {
-        for (i, chunk) in row.chunks_exact(columns).enumerate() {
-            if looks.ages.data()[b * queries + i % queries] < 0 {
-                continue;
+    let threads = if size_of_val(probabilities) < WORTH_THREADS { 1 } else { threads };
+    let (mass, peak) = (mass.data(), peak.data());
+    let (old_mass, old_peak) = (&*mass, &*peak);
+    RESULTS.with_borrow_mut(|results| {
+        results.resize(2 * old_mass.len(), 0.0);
+        let (sums, peaks) = results.split_at_mut(old_mass.len());
+        let (worst, worst_score) = (AtomicU32::new(0), AtomicU32::new(0));
+        let tiles = (sums.chunks_exact_mut(columns).zip(peaks.chunks_exact_mut(columns)).enumerate()).flat_map(
+            |(lane, (sums, peaks))| {
+                sums.chunks_mut(TILE).zip(peaks.chunks_mut(TILE)).enumerate().map(move |(t, s)| (lane, t * TILE, s))
+            },
+        );
+        threads::for_each(threads, tiles, |(lane, first, (sums, peaks))| {
+            let b = lane / heads;
+            let here = lane * columns + first..lane * columns + first + sums.len();
+            let met = simd::dispatch(Tile {
+                probabilities: &probabilities[lane * group * queries * columns..][..group * queries * columns],
+                group,
+                columns,
+                first,
+                factors: &factors[b * queries..][..queries],
+                sums,
+                peaks,
+            });
+            worst.fetch_max(met, Ordering::Relaxed);
+            let met = simd::dispatch(Merge {
+                mass: &old_mass[here.clone()],
+                peak: &old_peak[here.clone()],
+                weights: looks.weights.map(|w| &w.data()[here]),
+                mass_fade: fades[b].0,
+                peak_fade: fades[b].1,
+                sums,
+                peaks,
+            });
+            worst_score.fetch_max(met, Ordering::Relaxed);
+        });
+        if worst.into_inner() > T::FINITE {
+            find_bad_probability(looks)?;
+        }
+        if worst_score.into_inner() > FINITE {
+            find_bad_score("mass", old_mass, heads, columns)?;
+            find_bad_score("peak", old_peak, heads, columns)?;
+            if let Some(weights) = looks.weights {
+                find_bad_score("weights", weights.data(), heads, columns)?;
             }
-            if let Some(c) = chunk.iter().position(|p| !valid(p.value())) {
-                let (head, g, query) = (i / queries / group, i / queries % group, i % queries);
-                let value = chunk[c].value();
-                fail!(
-                    Score,
-                    "probabilities[{b}, {head}, {g}, {query}, {c}] is {value}; they must be finite and not negative"
-                );
+            for (name, new) in [("mass", &results[..old_mass.len()]), ("peak", &results[old_mass.len()..])] {
+                find_bad_score(&format!("the new {name}"), new, heads, columns)?;
             }
         }
-    }
-    for (name, scores) in [
-        ("mass", Some(&*mass.data())),
-        ("peak", Some(&*peak.data())),
-        ("weights", looks.weights.as_ref().map(View::data)),
-    ] {
-        if let Some((i, value)) = scores.into_iter().flatten().enumerate().find(|&(_, &v)| !valid(v)) {
-            let (head, c) = (i / columns, i % columns);
+        Ok::<_, crate::Error>(())
+    })?;
+    RESULTS.with_borrow(|results| {
+        let (sums, peaks) = results.split_at(mass.len());
+        mass.copy_from_slice(sums);
+        peak.copy_from_slice(peaks);
+    });
+    Ok(())
+}
+
+/// Name the first probability that may not be used, if there is one (-0.0 only looks like it).
+fn find_bad_probability<T: Element>(looks: &Looks<'_, T>) -> Result<()> {
+    let [batch, heads, group, queries, columns] = looks.probabilities.shape();
+    for (i, row) in looks.probabilities.data().chunks_exact(columns).enumerate() {
+        let (query, g, head, b) =
+            (i % queries, i / queries % group, i / queries / group % heads, i / queries / group / heads);
+        debug_assert!(b < batch);
+        if looks.ages.data()[b * queries + query] < 0 {
+            continue;
+        }
+        if let Some(c) = row.iter().position(|p| !valid(p.exact())) {
+            let value = row[c].exact();
             fail!(
                 Score,
-                "{name}[{}, {}, {c}] is {value}; it must be finite and not negative",
-                head / heads,
-                head % heads
+                "probabilities[{b}, {head}, {g}, {query}, {c}] is {value}; they must be finite and not negative"
             );
         }
     }
-
-    let heads_of = mass.data().chunks_exact_mut(columns).zip(peak.data().chunks_exact_mut(columns));
-    threads::for_each(
-        threads,
-        probabilities.chunks_exact(per_head).zip(heads_of).enumerate(),
-        |(i, (p, (mass, peak)))| {
-            let b = i / heads;
-            let elapsed = f64::from(looks.elapsed[b]);
-            let (mass_fade, peak_fade) = (decay.mass.powf(elapsed) as f32, decay.peak.powf(elapsed) as f32);
-            let mut sum = vec![0f32; columns];
-            let mut most = vec![0f32; columns];
-            for (j, &age) in looks.ages.data()[b * queries..][..queries].iter().enumerate() {
-                if age < 0 {
-                    continue;
-                }
-                let (mass_weight, peak_weight) =
-                    (decay.mass.powf(f64::from(age)) as f32, decay.peak.powf(f64::from(age)) as f32);
-                for c in 0..columns {
-                    let mean =
-                        (0..group).map(|g| p[(g * queries + j) * columns + c].value()).sum::<f32>() / group as f32;
-                    sum[c] += mass_weight * mean;
-                    most[c] = most[c].max(peak_weight * mean);
-                }
-            }
-            for c in 0..columns {
-                let weight = looks.weights.map_or(1.0, |w| w.data()[i * columns + c]);
-                mass[c] = mass[c] * mass_fade + weight * sum[c];
-                peak[c] = (peak[c] * peak_fade).max(weight * most[c]);
-            }
-        },
-    );
     Ok(())
+}
+
+fn find_bad_score(name: &str, scores: &[f32], heads: usize, columns: usize) -> Result<()> {
+    if let Some(i) = scores.iter().position(|&s| !valid(s)) {
+        let (lane, c) = (i / columns, i % columns);
+        let value = scores[i];
+        fail!(Score, "{name}[{}, {}, {c}] is {value}; it must be finite and not negative", lane / heads, lane % heads);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn half_precision_values_are_exact() {
+        for bits in 0..=u16::MAX {
+            let (f16, bf16) = (half::f16::from_bits(bits), half::bf16::from_bits(bits));
+            for (usable, value, exact) in [
+                (f16.order() <= half::f16::FINITE, f16.value(), f16.exact()),
+                (bf16.order() <= half::bf16::FINITE, bf16.value(), bf16.exact()),
+            ] {
+                assert!(!usable || value.to_bits() == exact.to_bits(), "{bits:#x}: {value} {exact}");
+                assert_eq!(usable, valid(exact) && exact.is_sign_positive(), "{bits:#x}");
+            }
+        }
+    }
 }

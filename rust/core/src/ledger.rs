@@ -13,6 +13,9 @@ use crate::spec::Spec;
 use crate::threads;
 use crate::view::{View, ViewMut};
 
+/// Slots to decide about below which helpers cost more than they bring.
+const WORTH_THREADS: usize = 1 << 16;
+
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
     static LOOKS: RefCell<Vec<f32>> = RefCell::default();
@@ -303,7 +306,8 @@ impl Ledger {
         let lane_of = |i: usize| layer * batch * heads + i;
         let chunk_lanes = plan.chunks_exact_mut(per_lane).enumerate().filter(|(i, _)| call.lengths[i / heads] > 1);
         let stored_positions = &*slots.positions;
-        threads::for_each(self.threads, chunk_lanes, |(i, plan)| {
+        let threads = if (per_lane + n) * batch * heads < WORTH_THREADS { 1 } else { self.threads };
+        threads::for_each(threads, chunk_lanes, |(i, plan)| {
             let b = i / heads;
             let len = call.lengths[b];
             let lane = Lane {
@@ -395,7 +399,8 @@ impl Ledger {
             // Victims go behind the end of the ring, where nobody reads until the length is committed.
             let lanes =
                 self.queues.chunks_exact_mut(per_lane).enumerate().filter(|(lane, _)| due[lane / heads % batch] > 0);
-            threads::for_each(self.threads, lanes, |(lane, ring)| {
+            let threads = if positions.len() < WORTH_THREADS { 1 } else { self.threads };
+            threads::for_each(threads, lanes, |(lane, ring)| {
                 let b = lane / heads % batch;
                 let here = lane * per_lane..(lane + 1) * per_lane;
                 let positions = &positions[here.clone()];
@@ -724,7 +729,7 @@ fn choose(
         }
         scratch.victims.sort_unstable_by_key(|&slot| scratch.positions[slot as usize]);
         for (i, &slot) in scratch.victims.iter().enumerate() {
-            ring[wrap(start + len + i, slots)] = slot as i32;
+            ring[wrap(start + len + i, slots)] = slot;
         }
         Ok(())
     })
