@@ -201,6 +201,104 @@ def run(
 
 
 @app.command()
+def sweep(
+    models_: Annotated[str, typer.Option("--models", "-m", help="Models, with commas between them.")] = "smollm2",
+    strategies_: Annotated[
+        str | None,
+        typer.Option("--strategies", "-s", help="Strategies, with commas.", show_default="all", **CACHE),
+    ] = None,
+    cache_sizes: Annotated[
+        str | None,
+        typer.Option("--cache-sizes", "-c", help="Percentages, with commas.", show_default="4,20,40,80,100", **CACHE),
+    ] = None,
+    budgets: Annotated[str | None, typer.Option(help="Sizes in tokens, with commas.", **CACHE)] = None,
+    tasks_: Annotated[str, typer.Option("--tasks", "-t", help="Tasks, with commas.", **INPUT)] = "generate,perplexity",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    jobs: Annotated[int, typer.Option(min=1, help="Processes; CUDA devices are taken in turn.")] = 1,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to write.", **INPUT)] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 takes the likeliest token.", **INPUT)] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.", **INPUT)] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option("--prompt-file", "--data", help="Prompts, text or examples.", **INPUT)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts, segments or examples.", **INPUT)] = None,
+    context: Annotated[str | None, typer.Option(help="Tokens in a segment or haystack.", **INPUT)] = None,
+    chunk: Annotated[int | None, typer.Option(min=1, help="Prompt tokens fed in one call.", **INPUT)] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows run together.", **INPUT)] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Another option of a task.", **INPUT)
+    ] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("--parameter", metavar="NAME=VALUE", help="A parameter of the strategies: sink_size=8.", **CACHE),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seeds everything that is drawn.", **INPUT)] = 0,
+    output_dir: OutputOption = Path("benchmark_results"),
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure strategies x sizes x tasks x models; start it again and it continues where it stopped."""
+    from liquidfusion.bench import inputs, sweeping
+    from liquidfusion.bench.caches import strategy_names
+
+    names = inputs.words(tasks_)
+    options = inputs.options_by_task(
+        names,
+        extra=set_ or [],
+        prompt=prompt,
+        prompt_file=prompt_file,
+        limit=limit,
+        context=context,
+        chunk=chunk,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        temperature=temperature,
+    )
+    if cache_sizes is None and budgets is None:
+        cache_sizes = "4,20,40,80,100"
+    work = sweeping.cells(
+        models=inputs.words(models_),
+        tasks=names,
+        strategies=strategy_names() if strategies_ is None else inputs.words(strategies_),
+        cache_sizes=inputs.numbers("cache-sizes", cache_sizes, float),
+        budgets=inputs.numbers("budgets", budgets, int),
+        parameters=inputs.parameters(parameter or []),
+        options=options.__getitem__,
+        seed=seed,
+        dtype=dtype,
+    )
+    _sweep(work, output_dir, device=device, jobs=jobs, as_json=as_json, quiet=quiet)
+
+
+def _sweep(work: Sequence[Any], directory: Path, *, device: str, jobs: int, as_json: bool, quiet: bool) -> None:
+    """Measure the cells, show them, and end with code 1 if any failed."""
+    from liquidfusion.bench import results, sweeping
+    from liquidfusion.bench.sweepview import SweepView
+
+    outcomes = []
+    with SweepView(work, quiet=quiet or as_json) as view:
+        for outcome in sweeping.sweep(work, directory, devices=sweeping.devices_of(device, jobs), progress=view.step):
+            outcomes.append(outcome)
+            view.finish(outcome)
+    if as_json:
+        summary = [
+            {"file": str(o.cell.path(directory)), "error": o.error, "metrics": o.document and o.document["metrics"]}
+            for o in outcomes
+        ]
+        typer.echo(results.to_json(summary), nl=False)
+    elif quiet:
+        typer.echo(directory)
+    else:
+        view.print()
+        typer.echo(f"{len(outcomes)} results in {directory}; see them with: liquidfusion-bench report {directory}")
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    if failed:
+        print(f"error: {len(failed)} of {len(outcomes)} cells failed; the first: {failed[0].error}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
 def plan(
     model: ModelOption = "smollm2",
     gpu: Annotated[

@@ -2,9 +2,12 @@
 
 import ast
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from liquidfusion.bench.caches import CacheOptions
+from liquidfusion.bench.runner import find_task
 from liquidfusion.bench.tasks.task import Task
 from liquidfusion.bench.texts import read_prompts, read_text
 from liquidfusion.exceptions import ConfigError
@@ -64,6 +67,71 @@ def task_options(
             raise ConfigError(f"--set {item}: NAME=VALUE with one of {', '.join(known)} is accepted")
         options[name] = _literal(name, value, known[name])
     return options
+
+
+def options_by_task(names: Sequence[str], *, extra: Sequence[str] = (), **common: Any) -> dict[str, dict[str, Any]]:
+    """Return task → its options, as :func:`task_options` reads them.
+
+    An `extra` option goes to the tasks that know it.
+
+    Raises
+    ------
+    ConfigError
+        As :func:`task_options`; or no task knows an extra option.
+    """
+    tasks = {name: find_task(name) for name in names}
+    for item in extra:
+        if not any(item.partition("=")[0] in task.options() for task in tasks.values()):
+            raise ConfigError(f"--set {item}: none of the tasks {', '.join(names)} has such an option")
+    found = {}
+    for name, task in tasks.items():
+        own = [item for item in extra if item.partition("=")[0] in task.options()]
+        found[name] = {key: _plain(value) for key, value in task_options(task, extra=own, **common).items()}
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+
+def words(text: str) -> list[str]:
+    """Return the words between commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def numbers(name: str, text: str | None, kind: type[int] | type[float]) -> list[Any]:
+    """Return the numbers between commas.
+
+    Raises
+    ------
+    ConfigError
+        One of them is not a number.
+    """
+    found = []
+    for word in words(text or ""):
+        try:
+            found.append(kind(word))
+        except ValueError:
+            raise ConfigError(f"--{name} {word!r}: {'whole ' if kind is int else ''}numbers with commas") from None
+    return found
+
+
+def parameters(items: Sequence[str]) -> dict[str, Any]:
+    """Return the strategy parameters of ``NAME=VALUE`` words.
+
+    Raises
+    ------
+    ConfigError
+        There is no such parameter.
+    """
+    known = [f.name for f in fields(CacheOptions) if f.name not in ("strategy", "cache_size", "budget")]
+    found = {}
+    for item in items:
+        name, separator, value = item.partition("=")
+        if not separator or name not in known:
+            raise ConfigError(f"--parameter {item}: NAME=VALUE with one of {', '.join(known)} is accepted")
+        found[name] = _literal(name, value, None)
+    return found
 
 
 def _lengths(value: str | int | Sequence[int], *, several: bool) -> int | tuple[int, ...]:

@@ -55,19 +55,18 @@ def _finite(value: object) -> object:
     return value
 
 
-def file_name(strategy: str, model: str, size: str, when: datetime) -> str:
-    """Return ``benchmark_results_{strategy}_{model}_{cache_size}_{timestamp}.json``, safe on every file system."""
+def file_stem(strategy: str, model: str, size: str) -> str:
+    """Return ``benchmark_results_{strategy}_{model}_{cache_size}``, safe on every file system."""
     safe = re.sub(r"[^A-Za-z0-9.-]+", "-", model).strip("-.") or "model"
-    return f"benchmark_results_{strategy}_{safe}_{size}_{when:%Y%m%dT%H%M%S%f}.json"
+    return f"benchmark_results_{strategy}_{safe}_{size}"
 
 
 def save(document: dict[str, Any], directory: Path) -> Path:
     """Write a result document into `directory` under its own name and return the path."""
     metadata = document["metadata"]
-    name = file_name(
-        metadata["strategy"], metadata["model_name"], size_label(metadata["cache_size"], metadata["budget"]), now()
-    )
-    path = directory / name
+    size = size_label(metadata["cache_size"], metadata["budget"])
+    stem = file_stem(metadata["strategy"], metadata["model_name"], size)
+    path = directory / f"{stem}_{now():%Y%m%dT%H%M%S%f}.json"
     write_atomic(path, to_json(document))
     return path
 

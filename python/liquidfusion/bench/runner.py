@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from liquidfusion.bench import machine, results
-from liquidfusion.bench.caches import CacheOptions
+from liquidfusion.bench.caches import CacheMaker, CacheOptions
 from liquidfusion.bench.models import Loaded
 from liquidfusion.bench.tasks import TASKS
 from liquidfusion.bench.tasks.task import Progress, Record, Task
@@ -30,7 +30,7 @@ def find_task(name: str) -> Task:
 def run(
     loaded: Loaded,
     task: str = "generate",
-    cache: CacheOptions | None = None,
+    cache: CacheMaker | None = None,
     *,
     baseline: bool | None = None,
     full: Sequence[Record] | None = None,
@@ -71,7 +71,8 @@ def run(
     """
     chosen = find_task(task)
     cache = cache or CacheOptions()
-    cache.spec()
+    if isinstance(cache, CacheOptions):
+        cache.spec()
     known = chosen.options()
     given = {name: value for name, value in options.items() if value is not None}
     unknown = sorted(given.keys() - known.keys())
@@ -85,7 +86,7 @@ def run(
     records = chosen.measure(loaded.model, loaded.tokenizer, cache, progress=progress, **given)
     seconds = time.perf_counter() - start
     if full is None and (chosen.baseline if baseline is None else baseline):
-        if cache.strategy == "full" and chosen.reference == CacheOptions(strategy="full"):
+        if cache == chosen.reference or (cache.strategy == "full" and isinstance(chosen.reference, CacheOptions)):
             full = records
         else:
             full = chosen.measure(loaded.model, loaded.tokenizer, chosen.reference, progress=progress, **given)
@@ -109,23 +110,24 @@ def _check(options: dict[str, Any]) -> None:
 def _metadata(
     loaded: Loaded,
     task: str,
-    cache: CacheOptions,
+    cache: CacheMaker,
     options: dict[str, Any],
     seed: int,
     seconds: float,
     records: Sequence[Record],
 ) -> dict[str, Any]:
     device = loaded.model.device
-    spec = cache.spec()
+    own = isinstance(cache, CacheOptions)
+    parameters = cache.spec().params if isinstance(cache, CacheOptions) else {}
     budgets = sorted({b for item in records if (b := item["result"]["scores"].get("budget")) is not None})
     return {
         "model_name": loaded.name,
         "strategy": cache.strategy,
-        "cache_size": cache.cache_size,
-        "budget": cache.budget,
+        "cache_size": cache.cache_size if isinstance(cache, CacheOptions) else None,
+        "budget": cache.budget if isinstance(cache, CacheOptions) else None,
         "budgets_used": budgets,
-        "attention_type": "liquidfusion",
-        **{name: spec.params.get(name) for name in _PARAMETERS},
+        "attention_type": "liquidfusion" if own else loaded.model.config._attn_implementation,
+        **{name: parameters.get(name) for name in _PARAMETERS},
         "task": task,
         "task_options": {name: value for name, value in options.items() if name not in ("text", "prompts", "seed")},
         "seed": seed,

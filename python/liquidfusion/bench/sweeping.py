@@ -1,0 +1,280 @@
+"""``sweep``: many measurements in one go, each saved as it finishes, continued where it stopped."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from liquidfusion.bench import models, results, runner
+from liquidfusion.bench.caches import CacheOptions, FrameworkCache
+from liquidfusion.exceptions import ConfigError
+
+REFERENCE = "reference"
+"""Strategy name under which transformers' own cache is filed, where a task compares with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One measurement of a sweep.
+
+    Attributes
+    ----------
+    model, task
+        As ``--model`` and ``--task``.
+    cache
+        The cache, or None for the reference that the task compares with.
+    options
+        Keyword options of the task, as JSON can say them.
+    seed, dtype
+        The same for every cell.
+    """
+
+    model: str
+    task: str
+    cache: CacheOptions | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    dtype: str = "auto"
+
+    @property
+    def strategy(self) -> str:
+        """The name of the strategy."""
+        return REFERENCE if self.cache is None else self.cache.strategy
+
+    @property
+    def size(self) -> str:
+        """The size as a file name says it; unbounded caches have none."""
+        if self.cache is None or self.cache.strategy == "full":
+            return "unbounded"
+        return results.size_label(self.cache.cache_size, self.cache.budget)
+
+    @property
+    def key(self) -> str:
+        """What makes this cell this cell; equal keys mean equal results."""
+        cache = None if self.cache is None else {"strategy": self.cache.strategy, **self.cache.given()}
+        facts = [self.model, self.task, cache, dict(self.options), self.seed, self.dtype]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+    def path(self, directory: Path) -> Path:
+        """Return where the result of this cell is kept."""
+        name = results.file_stem(self.strategy, Path(self.model).name, self.size)
+        return directory / f"{name}_{self.task}_{self.key}.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a cell ended: with a document, or with an error."""
+
+    cell: Cell
+    document: dict[str, Any] | None
+    error: str | None = None
+    resumed: bool = False
+
+
+def cells(
+    *,
+    models: Sequence[str],
+    tasks: Sequence[str],
+    strategies: Sequence[str],
+    cache_sizes: Sequence[float] = (),
+    budgets: Sequence[int] = (),
+    parameters: Mapping[str, Any] | None = None,
+    options: Callable[[str], Mapping[str, Any]] | None = None,
+    seed: int = 0,
+    dtype: str = "auto",
+) -> list[Cell]:
+    """Return the cells of a sweep, the references first; an unbounded cache is measured once, whatever the sizes.
+
+    Parameters
+    ----------
+    cache_sizes, budgets
+        Percentages and tokens; none of either: each strategy's default size.
+    parameters
+        Parameters of the strategies, the same for all.
+    options
+        Returns the keyword options of a task.
+
+    Raises
+    ------
+    ConfigError
+        A name is unknown or a size out of range.
+    """
+    given = dict(parameters or {})
+    sizes: list[dict[str, Any]] = [{"cache_size": float(size)} for size in cache_sizes]
+    sizes += [{"budget": budget} for budget in budgets]
+    found: dict[tuple[str, str, str], Cell] = {}
+
+    def add(model: str, task: str, cache: CacheOptions | None) -> None:
+        cell = Cell(model, task, cache, dict(options(task)) if options else {}, seed, dtype)
+        found.setdefault((model, task, cell.key), cell)
+
+    for model in models:
+        for task in tasks:
+            add(model, task, _reference(task))
+    for model in models:
+        for task in tasks:
+            for strategy in strategies:
+                for size in sizes or [{}]:
+                    cache = CacheOptions(strategy=strategy, **size, **given)
+                    cache.spec()
+                    add(model, task, CacheOptions(strategy="full") if strategy == "full" else cache)
+    return list(found.values())
+
+
+def sweep(
+    work: Sequence[Cell],
+    directory: Path,
+    *,
+    devices: Sequence[str] = ("auto",),
+    progress: Callable[[Cell, int, int], None] | None = None,
+) -> Iterator[Outcome]:
+    """Measure every cell that `directory` does not hold yet, and yield each outcome as it is there.
+
+    A cell that fails is recorded beside the results with its error (``….error.json``), and tried again next time.
+
+    Parameters
+    ----------
+    devices
+        One process works on each; a single device is worked on in this process.
+    progress
+        Called with the cell at work and its steps; in this process only.
+
+    Raises
+    ------
+    OSError
+        The directory cannot be written.
+    """
+    results.check_writable(directory)
+    todo: list[Cell] = []
+    for cell in work:
+        document = finished(cell, directory)
+        if document is None:
+            todo.append(cell)
+        else:
+            yield Outcome(cell, document, resumed=True)
+    # references first: the others are compared with them
+    reference = [cell for cell in todo if _is_reference(cell)]
+    others = [cell for cell in todo if not _is_reference(cell)]
+    if len(devices) == 1:
+        for cell in reference + others:
+            yield measure(cell, directory, devices[0], progress)
+        return
+    context = get_context("spawn")
+    queue = context.Queue()
+    for device in devices:
+        queue.put(device)
+    threads = max(1, (torch.get_num_threads() // len(devices)))
+    with ProcessPoolExecutor(len(devices), context, initializer=_start, initargs=(queue, threads)) as pool:
+        for batch in (reference, others):
+            waiting = {pool.submit(_measure_there, cell, directory) for cell in batch}
+            try:
+                while waiting:
+                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+
+def _is_reference(cell: Cell) -> bool:
+    """Whether other cells are compared with this one."""
+    return cell.cache == _reference(cell.task)
+
+
+def _reference(task: str) -> CacheOptions | None:
+    """Return the cache of a task's reference; None is transformers' own."""
+    reference = runner.find_task(task).reference
+    return None if isinstance(reference, FrameworkCache) else reference
+
+
+def finished(cell: Cell, directory: Path) -> dict[str, Any] | None:
+    """Return the saved document of a cell, or None."""
+    path = cell.path(directory)
+    try:
+        document = results.load(path)
+    except (OSError, ValueError):
+        return None
+    return document if document["metadata"].get("cell") == cell.key else None
+
+
+def measure(
+    cell: Cell, directory: Path, device: str, progress: Callable[[Cell, int, int], None] | None = None
+) -> Outcome:
+    """Measure one cell and save its result, or its error."""
+    path = cell.path(directory)
+    failed = path.with_suffix(".error.json")
+    try:
+        document = _document(cell, directory, device, progress)
+    except Exception as error:  # whatever a cell dies of, the others go on
+        text = f"{type(error).__name__}: {models.first_line(error)}"
+        cache = None if cell.cache is None else asdict(cell.cache)
+        record = {"cell": cell.key, "model": cell.model, "task": cell.task, "cache": cache, "error": text}
+        results.write_atomic(failed, results.to_json(record))
+        return Outcome(cell, None, text)
+    results.write_atomic(path, results.to_json(document))
+    failed.unlink(missing_ok=True)
+    return Outcome(cell, document)
+
+
+def _document(
+    cell: Cell, directory: Path, device: str, progress: Callable[[Cell, int, int], None] | None
+) -> dict[str, Any]:
+    loaded = _model(cell.model, device, cell.dtype)
+    options = {name: Path(value) if name == "data" else value for name, value in cell.options.items()}
+    full = None
+    if not _is_reference(cell):
+        document = finished(replace(cell, cache=_reference(cell.task)), directory)
+        full = None if document is None else document["results"]
+    document = runner.run(
+        loaded,
+        cell.task,
+        FrameworkCache() if cell.cache is None else cell.cache,
+        baseline=_is_reference(cell),
+        full=full,
+        seed=cell.seed,
+        progress=None if progress is None else lambda done, total: progress(cell, done, total),
+        **options,
+    )
+    document["metadata"] |= {"cell": cell.key, "strategy": cell.strategy}
+    return document
+
+
+@lru_cache(maxsize=1)
+def _model(name: str, device: str, dtype: str) -> models.Loaded:
+    return models.load(name, device=device, dtype=dtype)
+
+
+_DEVICE = ["auto"]
+
+
+def _start(queue: Any, threads: int) -> None:
+    """Take a device for this process, and no more than its share of the cores."""
+    _DEVICE[0] = queue.get()
+    torch.set_num_threads(threads)
+
+
+def _measure_there(cell: Cell, directory: Path) -> Outcome:
+    return measure(cell, directory, _DEVICE[0])
+
+
+def devices_of(device: str, jobs: int) -> list[str]:
+    """Return one device for each of `jobs` processes: several CUDA devices in turn, else the same for all.
+
+    Raises
+    ------
+    ConfigError
+        `jobs` is below 1, or the device unknown.
+    """
+    if jobs < 1:
+        raise ConfigError(f"jobs {jobs} is not at least 1")
+    place = models.resolve_device(device)
+    if place.type != "cuda" or place.index is not None:
+        return [device] * jobs
+    return [f"cuda:{index % torch.cuda.device_count()}" for index in range(jobs)]
