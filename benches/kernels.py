@@ -38,7 +38,7 @@ def load() -> ModuleType:
 kernels = load()
 decode_module = sys.modules[f"{kernels.__name__}.decode"]
 prefill_module = sys.modules[f"{kernels.__name__}.prefill"]
-DECAYS = {"mass_decay": 0.998355, "peak_decay": 0.9995, "value_weighted": True}
+RULES = {"mass_decay": 0.998355, "peak_decay": 0.9995, "value_weighted": True, "look_gap": 8}
 
 
 def median_ms(call: Callable[[], object], repeats: int) -> float:
@@ -92,7 +92,7 @@ def time_decode(layers: list[tuple[torch.Tensor, ...]]) -> float:
 
     def step() -> None:
         for arguments in layers:
-            kernels.decode(*arguments, scale=arguments[0].shape[-1] ** -0.5, **DECAYS)
+            kernels.decode(*arguments, scale=arguments[0].shape[-1] ** -0.5, **RULES)
 
     return median_ms(step, 20) / len(layers) * 1e3
 
@@ -153,9 +153,10 @@ def score_call(tokens: int) -> tuple[Callable[[], object], Callable[[], object]]
         none,
         none,
         scale,
-        *DECAYS.values(),
+        *list(RULES.values())[:3],
         0.0,
         0,
+        RULES["look_gap"],
         False,
     )
     return lambda: prefill_module._fused(q, k, v, True, scale), lambda: prefill_module._scores(*arguments)
@@ -166,7 +167,7 @@ def check_scores(tokens: int = 2048) -> str:
     q, k, v, ages = prefill_inputs(tokens, (32, 8, 128))
     none = torch.zeros(1, 8, 0, device="cuda")
     empty = k[:, :, :0]
-    options = {"scale": 128**-0.5, **DECAYS}
+    options = {"scale": 128**-0.5, **RULES}
     out, mass, peak = kernels.prefill(
         q, k, v, empty, empty, none.int(), ages, none, none, padded=False, full=True, **options
     )
@@ -175,9 +176,10 @@ def check_scores(tokens: int = 2048) -> str:
     p = x.softmax(-1)
     errors = [(out.double() - p @ v.double().repeat_interleave(4, 1)).norm() / out.double().norm()]
     p = p.unflatten(1, (8, 4)).mean(2)
-    norm = v.double().norm(dim=-1)
-    for actual, decay, reduce in ((mass, DECAYS["mass_decay"], torch.sum), (peak, DECAYS["peak_decay"], torch.amax)):
-        expected = reduce(p * decay ** ages.double()[:, None, :, None], 2) * norm
+    p = p * (ages[:, None, :, None] <= ages[:, None, None, :] - RULES["look_gap"])
+    weight = v.double().norm(dim=-1) / k.double().norm(dim=-1)
+    for actual, decay, reduce in ((mass, RULES["mass_decay"], torch.sum), (peak, RULES["peak_decay"], torch.amax)):
+        expected = reduce(p * decay ** ages.double()[:, None, :, None], 2) * weight
         errors.append((actual.double() - expected).norm() / expected.norm())
     return f"relative errors at {tokens} tokens: output {errors[0]:.1e}, mass {errors[1]:.1e}, peak {errors[2]:.1e}"
 
@@ -205,7 +207,7 @@ def small() -> None:
     """Run every kernel once on small shapes with slots to spare and padding: for compute-sanitizer."""
     for arguments in decode_layers(2, 200, 2, (8, 2, 80)):
         arguments[5][1, :, 100:] = -1
-        kernels.decode(*arguments, scale=0.1, window=90, **DECAYS)
+        kernels.decode(*arguments, scale=0.1, window=90, **RULES)
     q, k, v, ages = prefill_inputs(300, (8, 2, 128))
     keys, values = (torch.randn(1, 2, 100, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     positions = torch.randperm(100, device="cuda").int().expand(1, 2, 100).contiguous()
@@ -226,7 +228,7 @@ def small() -> None:
             softcap=softcap,
             window=window,
             first_position=100,
-            **DECAYS,
+            **RULES,
         )
     torch.cuda.synchronize()
     print("every kernel ran")

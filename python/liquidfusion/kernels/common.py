@@ -33,12 +33,24 @@ def base2_logits(x, scale, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def look_weight(k, v, axis: tl.constexpr):
+def squared_lengths(rows, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+    """Squared length of each row: the diagonal of 16 x 16 products.
+
+    The matrix units multiply 16-bit numbers exactly and add in float32, and take a fifth of the instructions that
+    widening, squaring and summing across threads does.
+    """
+    blocks = tl.reshape(rows, [ROWS // 16, 16, WIDTH])
+    none = tl.zeros([ROWS // 16, 16, 16], tl.float32)
+    products = dot(blocks, tl.permute(blocks, (0, 2, 1)), none, PRECISION)
+    i = tl.arange(0, 16)
+    diagonal = tl.where((i[:, None] == i[None, :])[None, :, :], products, 0.0)
+    return tl.reshape(tl.sum(diagonal, 2), [ROWS])
+
+
+@triton.jit
+def look_weight(squared_key, squared_value):
     """What a look can move: the length of the value over the length of the key; 0 for a key of zeros."""
-    k = k.to(tl.float32)
-    v = v.to(tl.float32)
-    length = tl.sqrt(tl.sum(k * k, axis))
-    return tl.where(length > 0.0, tl.sqrt(tl.sum(v * v, axis)) / tl.where(length > 0.0, length, 1.0), 0.0)
+    return tl.where(squared_key > 0.0, tl.sqrt(squared_value / tl.where(squared_key > 0.0, squared_key, 1.0)), 0.0)
 
 
 def precision(dtype: torch.dtype, device: torch.device) -> str:

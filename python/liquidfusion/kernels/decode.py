@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .common import base2_logits, dot, look_weight, precision
+from .common import base2_logits, dot, look_weight, precision, squared_lengths
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: N803 (Triton's constexpr parameters are upper case)
@@ -130,7 +130,12 @@ def _attend(
             stays = (s < stop) & (s != target)
             tl.store(logits + s[:, None] * GROUP + g[None, :], x, mask=stays[:, None] & in_group[None, :])
             if WEIGHTED:
-                norm = look_weight(k_tile, v_tile, 1) if VALUED else tl.full([BLOCK_S], 1.0, tl.float32)
+                norm = tl.full([BLOCK_S], 1.0, tl.float32)
+                if VALUED:
+                    norm = look_weight(
+                        squared_lengths(k_tile, BLOCK_S, BLOCK_D, PRECISION),
+                        squared_lengths(v_tile, BLOCK_S, BLOCK_D, PRECISION),
+                    )
                 counts = (position >= 0) & (now - position >= gap)
                 tl.store(norms + s, tl.where(counts, norm, 0.0), mask=stays)
 
@@ -159,21 +164,22 @@ def _attend(
             values + wide_row * values_row + head * values_head + wide_target * values_slot + d, v_new, mask=in_dim
         )
         tl.store(positions + target, now)
-        wide = v_new.to(tl.float32)
-        x_new = tl.sum(q_tile.to(tl.float32) * k_new.to(tl.float32)[:, None], 0)
+        wide_k = k_new.to(tl.float32)
+        wide_v = v_new.to(tl.float32)
+        x_new = tl.sum(q_tile.to(tl.float32) * wide_k[:, None], 0)
         x_new = base2_logits(x_new, scale, softcap, CAPPED)
         if SCORED:
             tl.store(mass + wide_row * mass_row + head * mass_head + target, 0.0)
             tl.store(peak + wide_row * peak_row + head * peak_head + target, 0.0)
             tl.store(logits + target * GROUP + g, x_new, mask=in_group)
             if WEIGHTED:
-                norm = look_weight(k_new, v_new, 0) if VALUED else 1.0
+                norm = look_weight(tl.sum(wide_k * wide_k, 0), tl.sum(wide_v * wide_v, 0)) if VALUED else 1.0
                 tl.store(norms + target, tl.where(gap > 0, 0.0, norm))
         higher = tl.maximum(top, x_new)
         fade = tl.exp2(top - higher)
         p_new = tl.exp2(x_new - higher)
         total = total * fade + p_new
-        acc = acc * fade[None, :] + p_new[None, :] * wide[:, None]
+        acc = acc * fade[None, :] + p_new[None, :] * wide_v[:, None]
         top = higher
 
     part = (pair * GROUP + g) * splits + split
@@ -453,7 +459,7 @@ def decode(
     mass_decay, peak_decay : float
         Factors by which the scores fade per token.
     value_weighted : bool
-        Multiply the probabilities that enter the ledger by the length of the slot's value over that of its key, in float32.
+        Multiply what enters the ledger by the length of the slot's value over that of its key, in float32.
     softcap : float
         Logits become ``softcap * tanh(logit / softcap)``; 0 = off.
     window : int

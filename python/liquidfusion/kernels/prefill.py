@@ -286,7 +286,6 @@ def _score_tiles(
     log_ratio,
     ages,
     column_ages,
-    columns,
     mass,
     peak,
     row,
@@ -451,6 +450,9 @@ def _score(
         if WINDOWED and not PADDED:
             high = tl.minimum(tiles, ((block - stored_blocks + 1) * BLOCK_K + window) // BLOCK_Q + 1)
     k_tile = tl.load(base + d[None, :], mask=there[:, None] & in_dim, other=0.0)
+    # Now, or the keys would stay in registers all through the loop.
+    wide = k_tile.to(tl.float32)
+    squared_key = tl.sum(wide * wide, 1)
 
     sums = tl.zeros([BLOCK_K], tl.float32)
     maxima = tl.zeros([BLOCK_K], tl.float32)
@@ -468,7 +470,6 @@ def _score(
             log_ratio,
             ages,
             column_ages,
-            columns,
             sums,
             maxima,
             row,
@@ -503,7 +504,6 @@ def _score(
         log_ratio,
         ages,
         column_ages,
-        columns,
         sums,
         maxima,
         row,
@@ -539,8 +539,8 @@ def _score(
         else:
             base = v + wide_row * v_row + head * v_head
             base += columns[:, None].to(tl.int64) * v_column
-        v_tile = tl.load(base + d[None, :], mask=real[:, None] & in_dim, other=0.0)
-        weight = look_weight(tl.where(real[:, None], k_tile, 0.0), v_tile, 1)
+        wide = tl.load(base + d[None, :], mask=real[:, None] & in_dim, other=0.0).to(tl.float32)
+        weight = look_weight(tl.where(real, squared_key, 0.0), tl.sum(wide * wide, 1))
         sums *= weight
         maxima *= weight
     target = (wide_row * kv_heads + head) * (slots + queries) + columns
@@ -786,6 +786,8 @@ def _scores(
         PRECISION=precision(q.dtype, q.device),
         STAGES=stages,
         num_warps=warps,
+        # Two programs of 8 warps share a multiprocessor: one multiplies while the other takes exponentials.
+        **({"maxnreg": 128} if warps == 8 else {}),
     )
     return new_mass, new_peak
 
