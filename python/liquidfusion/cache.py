@@ -115,6 +115,8 @@ class KVCache(Cache):
         self._threads = threads
         self._graph, self._compile, self._overlap = graph, compile, overlap
         self._decoder: Decoder | None = None
+        self.evicting = True
+        """False lets GPU decode steps reuse slots in turn, to measure what eviction costs; set before the first step."""
         self._layer_count = int(models.text_config(model).num_hidden_layers)
         self._store: Store | None = None
         self._columns = 0
@@ -375,7 +377,7 @@ class KVCache(Cache):
             devices = {layer.keys.device for layer in store.layers if layer is not None}
             if len(devices) > 1 or not kernels_usable(devices.pop()):
                 return None
-            self._decoder = Decoder(store, self._graph, self._compile, self._overlap)
+            self._decoder = Decoder(store, self._graph, self._compile, self._overlap, self.evicting)
         return self._decoder
 
     def _settle(self) -> None:

@@ -2,8 +2,8 @@
 
 The device consumes reuse queues through a ring of `2 * interval` slot numbers per (layer, row, kv head). Every
 `interval` steps the scores are copied to pinned memory on a second stream, the Rust core chooses victims while the next
-step runs, and they go into the half of the ring that is already consumed. A slot is only ever reused through the ring, at
-a step fixed beforehand, so the overlapped run equals the stalling one bit for bit.
+step runs, and they go into the half of the ring that is already consumed. A slot is only ever reused through the ring,
+at a step fixed beforehand, so the overlapped run equals the stalling one bit for bit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from liquidfusion import _core, attention, kernels
 from liquidfusion.exceptions import CacheError
-from liquidfusion.store import Layer, Scores, Store
+from liquidfusion.store import Layer, Store
 
 GRAPH_INPUTS = frozenset(
     {
@@ -92,11 +92,13 @@ class Decoder:
         Let torch.compile fuse what lies between the kernels.
     overlap : bool
         False: wait for each decision instead of running beside it. Same results, slower.
+    evicting : bool
+        False: reuse the ring's slots in turn and decide nothing, to measure what eviction costs.
     """
 
-    def __init__(self, store: Store, graph: bool, compile: bool, overlap: bool) -> None:  # noqa: A002
+    def __init__(self, store: Store, graph: bool, compile: bool, overlap: bool, evicting: bool) -> None:  # noqa: A002
         self.store, self.spec = store, store.spec
-        self.graph, self.compile, self.overlap = graph, compile, overlap
+        self.graph, self.compile, self.overlap, self._evicting = graph, compile, overlap, evicting
         layer = store.layers[0]
         assert layer is not None
         self.device = layer.keys.device
@@ -110,7 +112,7 @@ class Decoder:
             self.seen = torch.zeros(store.batch, dtype=torch.int32, device=self.device)
             self._ids = torch.zeros((store.batch, 1), dtype=torch.int64, device=self.device)
             self._positions = torch.zeros((store.batch, 1), dtype=torch.int64, device=self.device)
-        self._staging: Scores | None = None
+        self._staging: Tensor | None = None
         if self._gpu:
             self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             self._ledger_copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -183,6 +185,8 @@ class Decoder:
             output = self._graph_step(forward, inputs, columns)
         else:
             output = self._run(forward, inputs)
+        if not self._evicting:
+            return output
         self._steps += 1
         self._join()
         if self._steps >= self._due:
@@ -246,19 +250,27 @@ class Decoder:
                 self._due = self._steps + 2 * self.spec.interval  # set for good when the decision is joined
         else:
             ledger.finish()
+            if self._gpu:
+                # The host may be ahead: the ring is written once the step launched last has read its entry.
+                self._copies.wait_stream(torch.cuda.current_stream(self.device))
             self._refill()
 
     def _copy_scores(self) -> None:
-        mirror = self.store.mirrors[self.device]
+        mirror, host = self.store.mirrors[self.device], self.store.host
+        assert host.mass is not None
+        assert host.peak is not None
+        here = [s.mass for s in mirror if s.mass is not None] + [s.peak for s in mirror if s.peak is not None]
         if not self._gpu:
-            self.store.host.copy_scores(mirror)
+            torch._foreach_copy_([*host.mass, *host.peak], here)
             return
         if self._staging is None:
-            self._staging = Scores.empty(mirror.positions.shape, self.spec.scored, self.device)
-        self._staging.copy_scores(mirror)
+            with torch.inference_mode(False):
+                self._staging = torch.empty((2, *host.mass.shape), device=self.device)
+        torch._foreach_copy_(list(self._staging.flatten(0, 1)), here)
         self._copies.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._copies):
-            self.store.host.copy_scores(self._staging)
+            host.mass.copy_(self._staging[0], non_blocking=True)
+            host.peak.copy_(self._staging[1], non_blocking=True)
             self._ledger_copied.record(self._copies)
 
     def _join(self) -> None:

@@ -28,7 +28,7 @@ class Layer:
 
 @dataclass
 class Scores:
-    """Positions and scores of all layers, `[layers, batch, kv_heads, slots]`, on one device."""
+    """Positions and scores, of all layers `[layers, batch, kv_heads, slots]` or of one `[batch, kv_heads, slots]`."""
 
     positions: Tensor
     mass: Tensor | None
@@ -49,18 +49,20 @@ class Scores:
         """Those that exist."""
         return [t for t in (self.positions, self.mass, self.peak) if t is not None]
 
-    def copy_scores(self, other: Scores) -> None:
-        """Take over mass and peak, not positions."""
-        if self.mass is not None and self.peak is not None and other.mass is not None and other.peak is not None:
-            self.mass.copy_(other.mass, non_blocking=True)
-            self.peak.copy_(other.peak, non_blocking=True)
+    def unbind(self) -> list[Scores]:
+        """One for each layer, in the same memory."""
+        rest = [None if t is None else t.unbind() for t in (self.mass, self.peak)]
+        return [
+            Scores(positions, *(None if t is None else t[i] for t in rest))
+            for i, positions in enumerate(self.positions.unbind())
+        ]
 
     def grown(self, slots: int) -> Scores:
         """A copy with more slots, the new ones empty."""
-        shape = (*self.positions.shape[:3], slots)
+        shape = (*self.positions.shape[:-1], slots)
         new = Scores.empty(shape, self.mass is not None, self.positions.device)
         for old, larger in zip(self.tensors(), new.tensors(), strict=True):
-            larger[..., : old.shape[3]] = old
+            larger[..., : old.shape[-1]] = old
         return new
 
 
@@ -95,7 +97,8 @@ class Store:
         self.spec = spec
         cpu = torch.device("cpu")
         self.host = Scores.empty((layers, batch, kv_heads, slots), spec.scored, cpu, pinned=device.type == "cuda")
-        self.mirrors: dict[torch.device, Scores] = {cpu: self.host} if shared else {}
+        self.mirrors: dict[torch.device, list[Scores]] = {cpu: self.host.unbind()} if shared else {}
+        self._shared = shared
         self.ledger = _core.Ledger(spec, self.host.positions, self.host.mass, self.host.peak, threads=threads)
         self.layers: list[Layer | None] = [None] * layers
         with torch.inference_mode(False):
@@ -127,26 +130,22 @@ class Store:
         """Slots of a layer, allocated when its first keys `[batch, kv_heads, columns, head_dim]` arrive."""
         layer = self.layers[index]
         if layer is None:
-            scores = self._mirror(key.device)
-            layer = self.layers[index] = Layer(
-                empty_slots(key, self.slots),
-                empty_slots(value, self.slots),
-                scores.positions[index],
-                None if scores.mass is None else scores.mass[index],
-                None if scores.peak is None else scores.peak[index],
-            )
+            scores = self._mirror(key.device)[index]
+            keys, values = empty_slots(key, self.slots), empty_slots(value, self.slots)
+            layer = self.layers[index] = Layer(keys, values, scores.positions, scores.mass, scores.peak)
         return layer
 
     def begin(self, lengths: Sequence[int]) -> None:
         """Start a call that brings `lengths[row]` real tokens; `written` says where rows with one token put it."""
         self.ledger.begin(lengths, self.written)
         for device, mirror in self._remote():
-            mirror.positions.copy_(self.host.positions)
             taken = self.written.to(device)
-            index, keep = taken.clamp(min=0)[..., None], (taken < 0)[..., None]
-            for scores in (mirror.mass, mirror.peak):
-                if scores is not None:
-                    scores.scatter_(3, index, scores.gather(3, index) * keep)
+            for scores, host, slots in zip(mirror, self.host.positions, taken, strict=True):
+                scores.positions.copy_(host)
+                index, keep = slots.clamp(min=0)[..., None], (slots < 0)[..., None]
+                for tensor in (scores.mass, scores.peak):
+                    if tensor is not None:
+                        tensor.scatter_(2, index, tensor.gather(2, index) * keep)
 
     def chunk(self, index: int, ranks: Tensor, mass: Tensor | None, peak: Tensor | None, source: Tensor) -> None:
         """Decide what one layer keeps of its slots and a chunk (`_core.Ledger.chunk`), and mirror the outcome."""
@@ -195,9 +194,10 @@ class Store:
             if layer is not None:
                 for buffer in (layer.keys, layer.values):
                     buffer.copy_(buffer.index_select(0, rows.to(buffer.device)))
-        for scores in (self.host, *(mirror for _, mirror in self._remote())):
+        remote = [scores for _, mirror in self._remote() for scores in mirror]
+        for scores in (*self.host.unbind(), *remote):
             for tensor in scores.tensors():
-                tensor.copy_(tensor.index_select(1, rows.to(tensor.device)))
+                tensor.copy_(tensor.index_select(0, rows.to(tensor.device)))
         self.ledger.reorder(rows.tolist())
 
     def reset(self) -> None:
@@ -207,10 +207,9 @@ class Store:
 
     def grow(self, slots: int) -> None:
         """Give every (layer, row, head) more slots; what is stored stays."""
-        old, self.host = self.host, self.host.grown(slots)
-        self.mirrors = {
-            device: self.host if scores is old else scores.grown(slots) for device, scores in self.mirrors.items()
-        }
+        self.host = self.host.grown(slots)
+        remote = {device: [scores.grown(slots) for scores in mirror] for device, mirror in self._remote()}
+        self.mirrors = remote | ({torch.device("cpu"): self.host.unbind()} if self._shared else {})
         self.ledger.grow(self.host.positions, self.host.mass, self.host.peak)
         for index, layer in enumerate(self.layers):
             if layer is not None:
@@ -219,19 +218,24 @@ class Store:
                 for buffer, larger in ((layer.keys, new.keys), (layer.values, new.values)):
                     larger[:, :, : buffer.shape[2]] = buffer
 
-    def _remote(self) -> list[tuple[torch.device, Scores]]:
-        return [(device, scores) for device, scores in self.mirrors.items() if scores is not self.host]
+    def _is_shared(self, device: torch.device) -> bool:
+        return self._shared and device.type == "cpu"
 
-    def _mirror(self, device: torch.device) -> Scores:
+    def _remote(self) -> list[tuple[torch.device, list[Scores]]]:
+        return [(device, mirror) for device, mirror in self.mirrors.items() if not self._is_shared(device)]
+
+    def _mirror(self, device: torch.device) -> list[Scores]:
         if device not in self.mirrors:
+            # Layers do not share memory: torch.compile would copy all of it to change a part.
             shape = self.host.positions.shape
-            self.mirrors[device] = Scores.empty(shape, self.spec.scored, device)
-            self.mirrors[device].positions.copy_(self.host.positions)
+            self.mirrors[device] = [Scores.empty(shape[1:], self.spec.scored, device) for _ in range(shape[0])]
+            for scores, host in zip(self.mirrors[device], self.host.positions, strict=True):
+                scores.positions.copy_(host)
         return self.mirrors[device]
 
     def _upload(self, index: int) -> None:
         layer = self.layers[index]
-        if layer is None or self.mirrors[layer.positions.device] is self.host:
+        if layer is None or self._is_shared(layer.positions.device):
             return
         layer.positions.copy_(self.host.positions[index])
         for scores, host in ((layer.mass, self.host.mass), (layer.peak, self.host.peak)):
