@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +260,15 @@ def _start(queue: Any, threads: int) -> None:
     """Take a device for this process, and no more than its share of the cores."""
     _DEVICE[0] = queue.get()
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A sweep that is killed must not leave workers behind that hold a GPU."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _measure_there(cell: Cell, directory: Path) -> Outcome:

@@ -1,0 +1,255 @@
+"""Line and dot charts as SVG: for a page in light or dark, and alone for papers."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+# Okabe and Ito's palette, told apart by the colour-blind, with lighter tones for a dark page.
+COLOURS = {
+    "ink": ("#1c1e21", "#e6e6e6"),
+    "soft": ("#5f6670", "#a2a9b3"),
+    "grid": ("#e3e6ea", "#333840"),
+    "paper": ("#ffffff", "#16181c"),
+    "c0": ("#0072b2", "#56b4e9"),
+    "c1": ("#c24e00", "#ff9d5c"),
+    "c2": ("#00795a", "#3fd2a8"),
+    "c3": ("#a13d78", "#f29ac4"),
+    "c4": ("#7a5c00", "#f0cf4a"),
+    "c5": ("#4b4fb0", "#a8adff"),
+    "c6": ("#5f6670", "#b8bec7"),
+}
+"""Name → colour on light and on dark."""
+
+_MARKERS = "osd^vx+"
+_DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4", "10 4", "4 2")
+_WIDTH, _HEIGHT = 460.0, 330.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62.0, 14.0, 34.0, 46.0
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A value at `x`, with its interval if there is one."""
+
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """A named line."""
+
+    name: str
+    points: list[Point]
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """Lines over a common axis.
+
+    Attributes
+    ----------
+    title, x_label, y_label
+        What is drawn.
+    series
+        The lines; each has its colour, its marker and its dashes.
+    reference
+        The full cache's value, drawn as a horizontal line, and its name.
+    log
+        Whether the x axis is logarithmic.
+    zero
+        Whether the y axis begins at 0.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    series: list[Series]
+    reference: tuple[str, Point] | None = None
+    log: bool = True
+    zero: bool = False
+    categories: list[str] = field(default_factory=list)
+
+    def svg(self) -> str:
+        """Return the chart for a page that defines the colours as CSS variables."""
+        return _draw(self)
+
+    def standalone(self) -> str:
+        """Return the chart as a file of its own, on white."""
+        return re.sub(r"var\(--(\w+)\)", lambda match: COLOURS[match[1]][0], _draw(self))
+
+
+def _draw(chart: Chart) -> str:
+    values = [point for line in chart.series for point in line.points]
+    heights = [v for point in values for v in (point.y, point.low, point.high) if v is not None]
+    if chart.reference is not None:
+        heights += [v for v in (chart.reference[1].y, chart.reference[1].low, chart.reference[1].high) if v is not None]
+    legend = [line.name for line in chart.series] + ([chart.reference[0]] if chart.reference else [])
+    columns = 2 if max(map(len, legend), default=0) > 16 else 3
+    height = _HEIGHT + 18 * -(-len(legend) // columns)
+    bottom = _HEIGHT - _BOTTOM
+    xs = sorted({point.x for point in values})
+    x_at = _scale(xs, _LEFT + 12, _WIDTH - _RIGHT - 12, log=chart.log)
+    y_ticks = ticks(0.0 if chart.zero else min(heights), max(heights))
+    y_at = _scale([y_ticks[0], y_ticks[-1]], bottom, _TOP, log=False)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH:g} {height:g}" role="img" '
+        f'aria-label="{escape(_describe(chart))}" font-family="system-ui, sans-serif" font-size="12">',
+        f'<rect width="{_WIDTH:g}" height="{height:g}" fill="var(--paper)"/>',
+        _text(_LEFT, 18, chart.title, weight="600", size=14),
+    ]
+    for tick in y_ticks:
+        y = y_at(tick)
+        parts.append(f'<path d="M{_LEFT:g} {y:.1f}H{_WIDTH - _RIGHT:g}" stroke="var(--grid)"/>')
+        parts.append(_text(_LEFT - 7, y + 4, short(tick), anchor="end", fill="soft"))
+    for x, label in _x_labels(chart, xs, x_at):
+        parts.append(f'<path d="M{x:.1f} {bottom:g}v4" stroke="var(--soft)"/>')
+        parts.append(_text(x, bottom + 17, label, anchor="middle", fill="soft"))
+    parts.append(f'<path d="M{_LEFT:g} {bottom:g}H{_WIDTH - _RIGHT:g}" stroke="var(--soft)" fill="none"/>')
+    parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, bottom + 36, chart.x_label, anchor="middle"))
+    middle = (_TOP + bottom) / 2
+    parts.append(f'<g transform="rotate(-90 14 {middle:g})">{_text(14, middle, chart.y_label, anchor="middle")}</g>')
+    if chart.reference is not None:
+        parts.append(_reference(chart.reference, y_at))
+    for index, line in enumerate(chart.series):
+        parts.append(_line(line, index, x_at, y_at))
+    for index, name in enumerate(legend):
+        x = _LEFT + (index % columns) * (_WIDTH - _LEFT) / columns
+        y = _HEIGHT + 10 + 18 * (index // columns)
+        parts.append(_key(index if index < len(chart.series) else None, x, y))
+        parts.append(_text(x + 32, y + 4, name))
+    return "".join([*parts, "</svg>"])
+
+
+def _x_labels(chart: Chart, xs: list[float], x_at: "_Scale") -> list[tuple[float, str]]:
+    """Return labels at the measured points, leaving out those that would overlap."""
+    if chart.categories:
+        return [(x_at(x), chart.categories[int(x)]) for x in xs]
+    placed: list[tuple[float, str]] = []
+    for x in xs:
+        if not placed or x_at(x) - placed[-1][0] > 8 * len(short(x)) + 6:
+            placed.append((x_at(x), short(x)))
+    return placed
+
+
+class _Scale:
+    """Maps a value to a coordinate."""
+
+    def __init__(self, low: float, high: float, start: float, end: float, *, log: bool) -> None:
+        self._log = log
+        self._low, self._high = (math.log(low), math.log(high)) if log else (low, high)
+        self._start, self._end = start, end
+
+    def __call__(self, value: float) -> float:
+        value = math.log(value) if self._log else value
+        if self._high == self._low:
+            return (self._start + self._end) / 2
+        return self._start + (value - self._low) / (self._high - self._low) * (self._end - self._start)
+
+
+def _scale(values: Sequence[float], start: float, end: float, *, log: bool) -> _Scale:
+    return _Scale(min(values), max(values), start, end, log=log and min(values) > 0)
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Return about `count` round numbers that enclose `low` and `high`."""
+    if high <= low:
+        low, high = (low - 1, high + 1) if low == 0 else (low - abs(low) / 10, high + abs(high) / 10)
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [step * index for index in range(first, last + 1)]
+
+
+def short(value: float) -> str:
+    """Return a number for an axis: 1.5k, 20, 0.25."""
+    for limit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= limit:
+            return f"{value / (1e3 if letter == 'k' else limit):.4g}{letter}"
+    return f"{value:.4g}"
+
+
+def _line(line: Series, index: int, x_at: _Scale, y_at: _Scale) -> str:
+    colour = f"var(--c{index % 7})"
+    places = [(x_at(point.x), y_at(point.y)) for point in line.points]
+    path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+    parts = [
+        f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{_DASHES[index % 7]}"/>'
+    ]
+    for point, (x, y) in zip(line.points, places, strict=True):
+        told = f"{line.name}, {short(point.x)}: {point.y:.4g}"
+        if point.low is not None and point.high is not None:
+            top, end = y_at(point.high), y_at(point.low)
+            parts.append(
+                f'<path d="M{x:.1f} {top:.1f}V{end:.1f}M{x - 3:.1f} {top:.1f}h6M{x - 3:.1f} {end:.1f}h6" '
+                f'stroke="{colour}" fill="none"/>'
+            )
+            told += f" (95 %: {point.low:.4g} to {point.high:.4g})"
+        parts.append(f"<g><title>{escape(told)}</title>{_marker(index, x, y)}</g>")
+    return "".join(parts)
+
+
+def _reference(reference: tuple[str, Point], y_at: _Scale) -> str:
+    name, point = reference
+    y, band = y_at(point.y), ""
+    if point.low is not None and point.high is not None:
+        top = y_at(point.high)
+        band = (
+            f'<rect x="{_LEFT:g}" y="{top:.1f}" width="{_WIDTH - _LEFT - _RIGHT:g}" '
+            f'height="{y_at(point.low) - top:.1f}" fill="var(--soft)" opacity="0.15"/>'
+        )
+    return (
+        f"<g><title>{escape(name)}: {point.y:.4g}</title>{band}"
+        f'<path d="M{_LEFT:g} {y:.1f}H{_WIDTH - _RIGHT:g}" stroke="var(--ink)" stroke-width="1.5"/></g>'
+    )
+
+
+def _key(index: int | None, x: float, y: float) -> str:
+    if index is None:
+        return f'<path d="M{x:g} {y:g}h26" stroke="var(--ink)" stroke-width="1.5"/>'
+    line = f'<path d="M{x:g} {y:g}h26" stroke="var(--c{index % 7})" stroke-width="2" '
+    return f'{line}stroke-dasharray="{_DASHES[index % 7]}"/>{_marker(index, x + 13, y)}'
+
+
+def _marker(index: int, x: float, y: float) -> str:
+    colour, shape = f"var(--c{index % 7})", _MARKERS[index % 7]
+    if shape == "o":
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>'
+    if shape in "x+":
+        path = "m-4 -4l8 8m0 -8l-8 8" if shape == "x" else "m-5 0h10m-5 -5v10"
+        return f'<path d="M{x:.1f} {y:.1f}{path}" stroke="{colour}" stroke-width="2.5" fill="none"/>'
+    path = {
+        "s": "m-4 -4h8v8h-8z",
+        "d": "m0 -5.5l5.5 5.5l-5.5 5.5l-5.5 -5.5z",
+        "^": "m0 -5l5 9h-10z",
+        "v": "m0 5l5 -9h-10z",
+    }[shape]
+    return f'<path d="M{x:.1f} {y:.1f}{path}" fill="{colour}"/>'
+
+
+def _text(
+    x: float, y: float, text: str, *, anchor: str = "start", fill: str = "ink", weight: str = "400", size: int = 12
+) -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="var(--{fill})" font-weight="{weight}" '
+        f'font-size="{size}">{escape(text)}</text>'
+    )
+
+
+def _describe(chart: Chart) -> str:
+    """Return the chart in words, for who cannot see it."""
+    lines = [
+        f"{line.name}: " + ", ".join(f"{point.y:.4g} at {_name(chart, point.x)}" for point in line.points)
+        for line in chart.series
+    ]
+    if chart.reference is not None:
+        lines.append(f"{chart.reference[0]}: {chart.reference[1].y:.4g}")
+    return f"{chart.title}. {chart.y_label} against {chart.x_label}. " + "; ".join(lines)
+
+
+def _name(chart: Chart, x: float) -> str:
+    return chart.categories[int(x)] if chart.categories else short(x)
