@@ -35,6 +35,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NATIVE = DEVICE == "cuda"
 MASS_DECAY, PEAK_DECAY = 0.998, 0.9995
+# The interpreter, slow, leaves out what differs from its neighbours in nothing that it can see.
+DIMS = [(dtype, d) for dtype in (torch.float32, torch.bfloat16, torch.float16) for d in (64, 80, 96, 128, 256)]
+DIMS = DIMS if NATIVE else [*DIMS[:9], DIMS[-1]]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -157,8 +160,7 @@ def check_decode(arguments, options):
         close(actual, wanted, 1e-4)
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dtype", "head_dim"), DIMS)
 def test_decode_dims(dtype, head_dim):
     check_decode(*decode_case(head_dim, dtype, 2, head_dim, kv_heads=1 + NATIVE))
 
@@ -199,7 +201,7 @@ def test_decode_runs_are_bit_identical():
         assert torch.equal(first, second)
 
 
-def test_decode_in_compiled_code_copies_no_slots():
+def test_decode_is_one_node_of_a_compiled_graph():
     arguments, options = decode_case(5, torch.float32, 2, 64, slots=40)
     graphs = []
 
@@ -299,8 +301,7 @@ def check_prefill(arguments, options):
     close(actual[2], expected[2], 1e-4)
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dtype", "head_dim"), DIMS)
 def test_prefill_dims(dtype, head_dim):
     queries, slots = (333, 200) if NATIVE else (37, 21)
     check_prefill(*prefill_case(head_dim, dtype, 2, head_dim, queries, slots))
@@ -309,12 +310,14 @@ def test_prefill_dims(dtype, head_dim):
 @pytest.mark.parametrize("group", range(1, 9))
 def test_prefill_groups(group):
     queries, slots = (200, 70) if NATIVE else (35, 17)
-    check_prefill(*prefill_case(group, torch.float32, group, 64, queries, slots, padded=group % 2 == 0, weighted=True))
+    padded = group % 4 == 0
+    case = prefill_case(group, torch.float32, group, 64, queries, slots, batch=1 + padded, padded=padded, weighted=True)
+    check_prefill(*case)
 
 
-@pytest.mark.parametrize("slots", [0, 33])
+@pytest.mark.parametrize("slots", [0, 25])
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (6, 0.0), (0, 2.0), (50, 3.0)])
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (6, 0.0), (50, 3.0)])
 def test_prefill_masks(slots, padded, window, softcap):
     queries = 300 if NATIVE else 45
     check_prefill(*prefill_case(1, torch.float32, 2, 64, queries, slots, window=window, softcap=softcap, padded=padded))

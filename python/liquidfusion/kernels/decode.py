@@ -273,10 +273,9 @@ def _config(slots: int, programs: int, row_bytes: int, device: torch.device) -> 
     if device.type != "cuda":
         tile, stages, processors = 16, 1, programs
     else:
-        tile, stages = (128 if row_bytes <= 256 else 64 if row_bytes <= 512 else 32), 2
+        # Longer rows than 64 of 256 bytes no longer fit into the registers beside the products.
+        tile, stages = (64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16), 2
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-        if tile == 128 and programs * triton.cdiv(slots, tile) < processors:
-            tile = 64
     tiles = triton.cdiv(slots, tile)
     # Two programs per multiprocessor hide each other's latency; a split shorter than one tile gains nothing.
     splits = max(1, min(tiles, MAX_SPLITS, 2 * processors // programs))
