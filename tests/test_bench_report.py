@@ -117,8 +117,8 @@ def test_ticks_enclose_the_values() -> None:
 
 
 def test_every_series_differs_by_more_than_colour() -> None:
-    series = [Series(f"s{i}", [Point(1, i), Point(10, i + 1, i, i + 2)]) for i in range(7)]
+    series = [Series(f"s{i}", [Point(1, i), Point(10, i + 1, i, i + 2)], i) for i in range(9)]
     chart = Chart("t", "x", "y", series, reference=("full", Point(0, 3, 2, 4)))
     root = ElementTree.fromstring(chart.standalone())
-    assert len(root.findall(".//{*}title")) == 7 * 2 + 1
-    assert len(set(charts._DASHES)) == len(set(charts._MARKERS)) == 7
+    assert len(root.findall(".//{*}title")) == 9 * 2 + 1
+    assert len(set(charts._DASHES)) == len(set(charts._MARKERS)) == 9

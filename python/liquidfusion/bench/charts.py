@@ -19,11 +19,14 @@ COLOURS = {
     "c4": ("#7a5c00", "#f0cf4a"),
     "c5": ("#4b4fb0", "#a8adff"),
     "c6": ("#5f6670", "#b8bec7"),
+    "c7": ("#a32020", "#ff8f8f"),
+    "c8": ("#3d7a00", "#a9db6b"),
 }
 """Name → colour on light and on dark."""
 
-_MARKERS = "osd^vx+"
-_DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4", "10 4", "4 2")
+_MARKERS = "osd^vx+OS"
+_DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4", "10 4", "4 2", "12 3 3 3", "3 6")
+_LOOKS = len(_MARKERS)
 _WIDTH, _HEIGHT = 460.0, 330.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62.0, 14.0, 34.0, 46.0
 
@@ -40,10 +43,31 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """A named line."""
+    """A named line.
+
+    Attributes
+    ----------
+    look
+        Number of its colour and marker, the same for a strategy in every chart.
+    dash
+        Number of its dashes; None: that of its look.
+    """
 
     name: str
     points: list[Point]
+    look: int = 0
+    dash: int | None = None
+
+    @property
+    def colour(self) -> str:
+        """The CSS variable of its colour."""
+        return f"var(--c{self.look % _LOOKS})"
+
+    @property
+    def stroke(self) -> str:
+        """The attributes of its stroke."""
+        dashes = _DASHES[(self.look if self.dash is None else self.dash) % _LOOKS]
+        return f'stroke="{self.colour}" stroke-width="2" stroke-dasharray="{dashes}"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +138,11 @@ def _draw(chart: Chart) -> str:
     parts.append(f'<g transform="rotate(-90 14 {middle:g})">{_text(14, middle, chart.y_label, anchor="middle")}</g>')
     if chart.reference is not None:
         parts.append(_reference(chart.reference, y_at))
-    for index, line in enumerate(chart.series):
-        parts.append(_line(line, index, x_at, y_at))
+    parts += [_line(line, x_at, y_at) for line in chart.series]
     for index, name in enumerate(legend):
         x = _LEFT + (index % columns) * (_WIDTH - _LEFT) / columns
         y = _HEIGHT + 10 + 18 * (index // columns)
-        parts.append(_key(index if index < len(chart.series) else None, x, y))
+        parts.append(_key(chart.series[index] if index < len(chart.series) else None, x, y))
         parts.append(_text(x + 32, y + 4, name))
     return "".join([*parts, "</svg>"])
 
@@ -173,23 +196,20 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _line(line: Series, index: int, x_at: _Scale, y_at: _Scale) -> str:
-    colour = f"var(--c{index % 7})"
+def _line(line: Series, x_at: _Scale, y_at: _Scale) -> str:
     places = [(x_at(point.x), y_at(point.y)) for point in line.points]
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-    parts = [
-        f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{_DASHES[index % 7]}"/>'
-    ]
+    parts = [f'<path d="{path}" fill="none" {line.stroke}/>']
     for point, (x, y) in zip(line.points, places, strict=True):
         told = f"{line.name}, {short(point.x)}: {point.y:.4g}"
         if point.low is not None and point.high is not None:
             top, end = y_at(point.high), y_at(point.low)
             parts.append(
                 f'<path d="M{x:.1f} {top:.1f}V{end:.1f}M{x - 3:.1f} {top:.1f}h6M{x - 3:.1f} {end:.1f}h6" '
-                f'stroke="{colour}" fill="none"/>'
+                f'stroke="{line.colour}" fill="none"/>'
             )
             told += f" (95 %: {point.low:.4g} to {point.high:.4g})"
-        parts.append(f"<g><title>{escape(told)}</title>{_marker(index, x, y)}</g>")
+        parts.append(f"<g><title>{escape(told)}</title>{_marker(line.look, x, y)}</g>")
     return "".join(parts)
 
 
@@ -208,27 +228,29 @@ def _reference(reference: tuple[str, Point], y_at: _Scale) -> str:
     )
 
 
-def _key(index: int | None, x: float, y: float) -> str:
-    if index is None:
+def _key(line: Series | None, x: float, y: float) -> str:
+    if line is None:
         return f'<path d="M{x:g} {y:g}h26" stroke="var(--ink)" stroke-width="1.5"/>'
-    line = f'<path d="M{x:g} {y:g}h26" stroke="var(--c{index % 7})" stroke-width="2" '
-    return f'{line}stroke-dasharray="{_DASHES[index % 7]}"/>{_marker(index, x + 13, y)}'
+    return f'<path d="M{x:g} {y:g}h26" {line.stroke}/>{_marker(line.look, x + 13, y)}'
 
 
-def _marker(index: int, x: float, y: float) -> str:
-    colour, shape = f"var(--c{index % 7})", _MARKERS[index % 7]
-    if shape == "o":
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>'
+def _marker(look: int, x: float, y: float) -> str:
+    colour, shape = f"var(--c{look % _LOOKS})", _MARKERS[look % _LOOKS]
+    if shape in "oO":
+        fill = colour if shape == "o" else "var(--paper)"
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}" stroke="{colour}" stroke-width="1.5"/>'
     if shape in "x+":
         path = "m-4 -4l8 8m0 -8l-8 8" if shape == "x" else "m-5 0h10m-5 -5v10"
         return f'<path d="M{x:.1f} {y:.1f}{path}" stroke="{colour}" stroke-width="2.5" fill="none"/>'
     path = {
         "s": "m-4 -4h8v8h-8z",
+        "S": "m-4 -4h8v8h-8z",
         "d": "m0 -5.5l5.5 5.5l-5.5 5.5l-5.5 -5.5z",
         "^": "m0 -5l5 9h-10z",
         "v": "m0 5l5 -9h-10z",
     }[shape]
-    return f'<path d="M{x:.1f} {y:.1f}{path}" fill="{colour}"/>'
+    fill = "var(--paper)" if shape == "S" else colour
+    return f'<path d="M{x:.1f} {y:.1f}{path}" fill="{fill}" stroke="{colour}" stroke-width="1.5"/>'
 
 
 def _text(

@@ -1,13 +1,14 @@
 """``report``: from a directory of results to one HTML page, Markdown tables, and charts for papers."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from liquidfusion.bench import results
+from liquidfusion.bench.caches import strategy_names
 from liquidfusion.bench.charts import COLOURS, Chart, Point, Series, short
 from liquidfusion.bench.output import number
 from liquidfusion.bench.sweeping import REFERENCE
@@ -131,17 +132,27 @@ def _point(row: Row, x: float, name: str, scale: float = 1.0) -> Point:
     return Point(x, metric["value"] / scale, low, high)
 
 
-def _lines(rows: Iterable[Row], name: str, *, by_context: bool = False, scale: float = 1.0) -> list[Series]:
-    lines: dict[str, list[Point]] = {}
+def _lines(rows: Sequence[Row], name: str, *, by_context: bool = False, scale: float = 1.0) -> list[Series]:
+    lines: dict[tuple[int, int], Series] = {}
+    budgets = sorted({row.budget for row in rows if row.budget is not None})
     for row in rows:
         if name not in row.metrics or (row.budget is None and not by_context):
             continue
-        label = _NAMES.get(row.strategy, row.strategy)
+        label, dash = _NAMES.get(row.strategy, row.strategy), None
         if by_context and row.budget is not None:
-            label = f"{row.strategy}, {row.budget} tokens"
+            label, dash = f"{row.strategy}, {row.budget} tokens", budgets.index(row.budget)
         x = float(row.context if by_context else row.budget or 0)
-        lines.setdefault(label, []).append(_point(row, x, name, scale))
-    return [Series(label, sorted(points, key=lambda point: point.x)) for label, points in sorted(lines.items())]
+        key = (_look(row.strategy), dash or 0)
+        lines.setdefault(key, Series(label, [], key[0], dash)).points.append(_point(row, x, name, scale))
+    for line in lines.values():
+        line.points.sort(key=lambda point: point.x)
+    return [line for _, line in sorted(lines.items(), key=lambda item: item[0])]
+
+
+def _look(strategy: str) -> int:
+    """Return the number of a strategy's colour and marker."""
+    known = [*strategy_names(), REFERENCE]
+    return known.index(strategy) if strategy in known else len(known)
 
 
 def _reference(rows: Sequence[Row], name: str, scale: float = 1.0) -> tuple[str, Point] | None:
@@ -190,6 +201,7 @@ def _speed(stem: str, model: str, rows: Sequence[Row]) -> dict[str, Chart]:
             Series(
                 _NAMES.get(row.strategy, f"{row.strategy}, {row.budget} tokens"),
                 [Point(float(i), row.metrics[f"latency_{name}"]["value"]) for i, name in enumerate(names)],
+                _look(row.strategy),
             )
             for row in best.values()
         ]
