@@ -2,38 +2,63 @@
 //!
 //! A young token was seen by fewer queries than an old one, so its plain sum is smaller however hard each of them looked.
 
+use crate::simd::{self, Lanes, Work};
 use crate::spec::Spec;
-
-const MOST_ENTRIES: usize = 1 << 16;
 
 /// Factors that turn mass into average looks, by the number of queries that could look.
 #[derive(Debug, Clone)]
 pub(crate) struct Average {
-    decay: f64,
-    gap: usize,
-    /// The factor of `i` queries; later ones follow from the formula.
-    table: Vec<f32>,
+    gap: i32,
+    /// The factor of `i` queries; the last one is that of any more. `None` without decay, where it is one over the number.
+    table: Option<Vec<f32>>,
 }
 
 impl Average {
     /// The factors of a strategy, or `None` where it judges by the plain mass.
     pub(crate) fn of(spec: &Spec) -> Option<Self> {
         spec.averaged().then(|| {
-            let (decay, gap) = (spec.mass_decay(), spec.look_gap());
-            // Beyond this many queries the weights' sum no longer changes in f32.
-            let entries = if decay < 1.0 { (-20.0 / decay.ln()).ceil() as usize } else { MOST_ENTRIES };
-            let table = (0..entries.clamp(1, MOST_ENTRIES)).map(|queries| factor(decay, queries)).collect();
-            Self { decay, gap, table }
+            let decay = spec.mass_decay();
+            // Weights below e^-20 of the first no longer change the sum in f32, and no context has 2^20 tokens that matter before.
+            let entries = ((-20.0 / decay.ln()).ceil() as usize).clamp(1, 1 << 20) + 1;
+            let table = (decay < 1.0).then(|| (0..entries).map(|queries| factor(decay, queries)).collect());
+            Self { gap: spec.look_gap() as i32, table }
         })
     }
 
     /// Average looks of tokens at `positions` (-1: none); `seen` is one more than the newest position.
     pub(crate) fn looks(&self, positions: &[i32], seen: usize, mass: &[f32], out: &mut Vec<f32>) {
-        out.clear();
-        out.extend(positions.iter().zip(mass).map(|(&position, &mass)| {
-            let queries = seen.saturating_sub(position.max(0) as usize + self.gap);
-            mass * self.table.get(queries).copied().unwrap_or_else(|| factor(self.decay, queries))
-        }));
+        out.resize(positions.len(), 0.0);
+        simd::dispatch(Looks { average: self, positions, seen: seen as i32, mass, out });
+    }
+}
+
+struct Looks<'a> {
+    average: &'a Average,
+    positions: &'a [i32],
+    seen: i32,
+    mass: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl Work for Looks<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, _: L) {
+        let newest = self.seen.saturating_sub(self.average.gap).max(0);
+        // Of two numbers that are not negative the difference always fits.
+        let queries = |position: i32| (newest - position.max(0)).max(0);
+        let slots = self.out.iter_mut().zip(self.positions).zip(self.mass);
+        if let Some(table) = self.average.table.as_deref() {
+            let last = table.len() - 1;
+            for ((out, &position), &mass) in slots {
+                *out = mass * table[(queries(position) as usize).min(last)];
+            }
+        } else {
+            for ((out, &position), &mass) in slots {
+                *out = mass / queries(position).max(1) as f32;
+            }
+        }
     }
 }
 
