@@ -10,7 +10,11 @@ import importlib.util
 
 import torch
 
-_FOUND = importlib.util.find_spec("triton") is not None
+try:
+    # Triton without tensor descriptors is too old.
+    _FOUND = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+except ModuleNotFoundError:
+    _FOUND = False
 
 if _FOUND:
     from .decode import decode

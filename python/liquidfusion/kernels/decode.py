@@ -320,7 +320,11 @@ def _run(
     block_d = triton.next_power_of_2(head_dim)
     strides = (*mass.stride()[:2], *peak.stride()[:2]) if mass is not None and peak is not None else (0, 0, 0, 0)
     # The merge is launched while the splits still run and waits on the device for their end.
-    chained = q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) >= (9, 0)
+    chained = (
+        q.device.type == "cuda"
+        and torch.cuda.get_device_capability(q.device) >= (9, 0)
+        and hasattr(tl.extra.cuda, "gdc_wait")
+    )
 
     _attend[(splits, kv_heads, batch)](
         q,
