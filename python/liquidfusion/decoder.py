@@ -8,6 +8,7 @@ at a step fixed beforehand, so the overlapped run equals the stalling one bit fo
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -223,19 +224,32 @@ class Decoder:
             self._warm = True
             return self._run(self._forward, static)
         if self._captured is None:
-            graph = torch.cuda.CUDAGraph()
             try:
-                torch.cuda.synchronize(self.device)
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                    output = self._run(self._forward, static)
+                self._captured = self._capture(static)
             except RuntimeError as error:
                 self.graph = False
                 warnings.warn(f"CUDA graph capture failed, decoding without it: {error}", RuntimeWarning, stacklevel=2)
                 return self._run(forward, inputs)
-            self._captured = (graph, output)
         graph, output = self._captured
         graph.replay()
         return _own(output)
+
+    def _capture(self, inputs: dict[str, Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """Record one step; nothing of it runs."""
+        assert self._forward is not None
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self.device)
+        # Freeing pinned memory of a dead cache records an event, which would spoil the capture.
+        gc.collect()
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                output = self._run(self._forward, inputs)
+        finally:
+            if collecting:
+                gc.enable()
+        return graph, output
 
     def _decide(self) -> None:
         """At a watermark: let the host's ledger catch up and, where a queue runs low, start copying the scores."""
