@@ -95,12 +95,12 @@ def run(
     ] = None,
     sink_size: Annotated[int | None, typer.Option(**_cache("First tokens that always stay.", "4"))] = None,
     sink_update_rate: Annotated[
-        float | None, typer.Option(**_cache("How fast gathered attention fades; 0: never.", "0.1"))
+        float | None, typer.Option(**_cache("How fast gathered attention fades; 0: never.", "0.3"))
     ] = None,
-    heavy_ratio: Annotated[float | None, typer.Option(**_cache("Share of heavy hitters.", "0.2"))] = None,
-    recent_ratio: Annotated[float | None, typer.Option(**_cache("Share of recent tokens.", "0.3"))] = None,
+    heavy_ratio: Annotated[float | None, typer.Option(**_cache("Share of heavy hitters.", "0.75"))] = None,
+    recent_ratio: Annotated[float | None, typer.Option(**_cache("Share of recent tokens.", "0.25"))] = None,
     peak_ratio: Annotated[
-        float | None, typer.Option(**_cache("Share of the heavy hitters chosen by peak attention.", "0.5"))
+        float | None, typer.Option(**_cache("Share of the heavy hitters chosen by peak attention.", "0.6"))
     ] = None,
     eviction_interval: Annotated[
         int | None, typer.Option(**_cache("Tokens between two decisions.", "budget / 32"))
@@ -296,6 +296,46 @@ def _sweep(work: Sequence[Any], directory: Path, *, device: str, jobs: int, as_j
     if failed:
         print(f"error: {len(failed)} of {len(outcomes)} cells failed; the first: {failed[0].error}", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _experiment_names() -> list[str]:
+    from liquidfusion.bench import experiments
+
+    return [f"experiment={name}" for name in experiments.available([Path("configs")])]
+
+
+@app.command()
+def experiment(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE...",
+            help="experiment=NAME takes NAME.yaml; other keys override it: seed=1 tasks.perplexity.context=512",
+            autocompletion=_experiment_names,
+            show_default=False,
+        ),
+    ] = None,
+    config_dir: Annotated[
+        list[Path] | None, typer.Option(help="Where your experiments are.", show_default="configs, then those shipped")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the settings and count the cells only.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Run a sweep that is written down in YAML."""
+    from dataclasses import asdict
+
+    import yaml
+
+    from liquidfusion.bench import experiments
+
+    chosen = experiments.load(settings or [], config_dir or [Path("configs")])
+    work = chosen.cells()
+    if dry_run:
+        typer.echo(yaml.safe_dump(asdict(chosen), sort_keys=False), nl=False)
+        typer.echo(f"# {len(work)} cells")
+        return
+    _sweep(work, Path(chosen.output_dir), device=chosen.device, jobs=chosen.jobs, as_json=as_json, quiet=quiet)
 
 
 @app.command()
