@@ -1,4 +1,4 @@
-"""What must hold on a GPU and CI cannot see: run it where there is one. Prints one line a check; exit status 1 if one fails.
+"""What must hold on a GPU and CI cannot see: one line a check, exit status 1 if one fails.
 
 python benches/gpu_check.py
 """

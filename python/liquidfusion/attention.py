@@ -131,8 +131,8 @@ def attend(
     mask : Tensor or None
         bool, broadcastable to `[batch, kv_heads, group, queries, columns]`; None when every column is visible.
     observe : callable or None
-        Receives the float32 probabilities `[batch, kv_heads, group, queries, columns]`, contiguous, and may change them.
-        None: nothing needs them, so torch's fused attention does the work.
+        Receives the float32 probabilities `[batch, kv_heads, group, queries, columns]`, contiguous, and may change
+        them. None: nothing needs them, so torch's fused attention does the work.
 
     Returns
     -------
@@ -184,8 +184,8 @@ def look_weights(keys: Tensor, values: Tensor) -> Tensor:
         float32 `[batch, kv_heads, columns]`; 0 for a key of zeros, which an empty slot holds.
     """
     length = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32)
-    weight = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32) / length
-    return weight.masked_fill_(length == 0, 0.0)
+    weight: Tensor = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32) / length
+    return weight.masked_fill(length == 0, 0.0)
 
 
 def accumulate(

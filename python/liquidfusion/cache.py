@@ -37,9 +37,12 @@ class KVCache(Cache):
         Prompt length in tokens that `cache_size` refers to.
     window_size : int, optional
         Recent tokens to keep when no budget is given (default 256).
-    sink_size, sink_update_rate, heavy_ratio, recent_ratio, peak_ratio, eviction_interval, sinks, value_weighted, look_gap, averaged
+    sink_size, sink_update_rate, heavy_ratio, recent_ratio, peak_ratio, eviction_interval, sinks
         Parameters of the strategy; None is the strategy's own default. One that the strategy does not use is checked,
         ignored and None in `spec.params`.
+    value_weighted, look_gap, averaged
+        What liquid_fusion's scores count, likewise: looks times the length of the token's value over its key's, only
+        looks from `look_gap` tokens away or more, and mass per query that could look.
     threads : int, optional
         Cap on the threads of the Rust core; default: the environment's `LIQUIDFUSION_NUM_THREADS`, else all cores.
 
@@ -116,7 +119,7 @@ class KVCache(Cache):
         self._graph, self._compile, self._overlap = graph, compile, overlap
         self._decoder: Decoder | None = None
         self.evicting = True
-        """False lets GPU decode steps reuse slots in turn, to measure what eviction costs; set before the first step."""
+        """False: GPU decode steps reuse slots in turn, to measure what eviction costs; set before the first step."""
         self._layer_count = int(models.text_config(model).num_hidden_layers)
         self._store: Store | None = None
         self._columns = 0
@@ -157,8 +160,8 @@ class KVCache(Cache):
         Returns
         -------
         Tensor
-            int32 `[batch, kv_heads, slots]` on the CPU: the index in its own sequence (padding not counted) of the token
-            that each slot holds, -1 for an empty slot. A copy.
+            int32 `[batch, kv_heads, slots]` on the CPU: the index in its own sequence (padding not counted) of the
+            token that each slot holds, -1 for an empty slot. A copy.
 
         Raises
         ------
@@ -402,7 +405,8 @@ class KVCache(Cache):
         batch, columns = tokens.shape[:2]
         if not columns:
             raise CacheError(
-                f"the call brings no new column after the {self._columns} that the cache has seen; for a new prompt call reset()"
+                f"the call brings no new column after the {self._columns} that the cache has seen; "
+                "for a new prompt call reset()"
             )
         if self._columns and self._store is not None and batch != self._store.batch:
             raise CacheError(
@@ -481,7 +485,7 @@ class KVCache(Cache):
         if store is None:
             slots = max(256, needed) if budget is None else budget
             self._decoder = None
-            # Triton's interpreter stands for a GPU: there, too, slots and ledger are apart.
+            # Where the kernels run, the ledger follows the slots at a distance, on the CPU (Triton's interpreter) too.
             shared = not kernels_usable(key.device) or budget is None
             store = Store(self.spec, self._layer_count, batch, kv_heads, slots, key.device, self._threads, shared)
         elif budget is None and needed > store.slots:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from liquidfusion import _core, attention, kernels
 from liquidfusion.exceptions import CacheError

@@ -16,7 +16,7 @@ class Layer:
     """Slots of one layer, on the device where it attends.
 
     `keys`, `values`: `[batch, kv_heads, slots, head_dim]`. `positions` (int32, -1 = empty), `mass`, `peak` (float32;
-    None when the strategy needs no scores): `[batch, kv_heads, slots]`; on the CPU the memory that the Rust core works on.
+    None when the strategy needs no scores): `[batch, kv_heads, slots]`; on the CPU the Rust core's own memory.
     """
 
     keys: Tensor

@@ -62,7 +62,7 @@ def use(model: PreTrainedModel, strategy: str = "liquid_fusion", **parameters: A
         yield
     finally:
         if had_own:
-            model.generate = original
+            model.generate = original  # type: ignore[assignment]
         else:
             del model.__dict__["generate"]
 

@@ -133,7 +133,15 @@ def build(shape: str, device: torch.device, dtype: torch.dtype) -> PreTrainedMod
     config = AutoConfig.for_model(settings.pop("model_type"), **settings, pad_token_id=0, eos_token_id=None)
     torch.manual_seed(0)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    model.train(False)
+    return model
+
+
+def repeat(step: Callable[[int], Any], indices: range) -> None:
+    """Call `step` with each index."""
+    for i in indices:
+        step(i)
 
 
 class Bench:
@@ -210,10 +218,10 @@ class Bench:
         target = torch.empty_like(source)
         target.copy_(source)
         rate = 2 * count / self.seconds(lambda: target.copy_(source), 10)
-        embedding = self.model.get_input_embeddings().weight
-        tied = embedding.data_ptr() == self.model.get_output_embeddings().weight.data_ptr()
-        weights = sum(p.nbytes for p in self.model.parameters()) - (0 if tied else embedding.nbytes)
+        # One row of the embedding is read, unless it is the output layer as well.
+        embedding = 0 if self.config.tie_word_embeddings else self.config.vocab_size * self.config.hidden_size
         element = next(self.model.parameters()).element_size()
+        weights = sum(p.nbytes for p in self.model.parameters()) - embedding * element
         slots = self.config.num_hidden_layers * batch * self.kv_heads * self.plan.budget
         self.results.add("copy rate, TB/s", rate / 1e12)
         return float((weights + slots * (2 * self.head_dim * element + 12)) / rate)
@@ -252,7 +260,7 @@ class Bench:
 
             def run(count: int) -> None:
                 cache.reset()
-                self.model.generate(
+                self.model.generate(  # type: ignore[operator]
                     prompt, attention_mask=mask, **{self.key: cache}, max_new_tokens=count, do_sample=False
                 )
 
@@ -277,7 +285,7 @@ class Bench:
         self.results.add(name, statistics.median(ratios))
 
     def batch(self) -> None:
-        """Throughput of a batch, ours at the plan's size and the largest that fits, transformers' at the longest context."""
+        """Throughput: ours at the plan's batch and the largest that fits, transformers' at the longest context."""
         for name, options in (("graph", {}), ("compile", {"compile": True})):
             if name == "compile" and "compile" not in self.plan.parts:
                 continue
@@ -366,9 +374,8 @@ class Bench:
         def step(i: int) -> None:
             self.model(token, position_ids=positions[i : i + 1], **{self.key: cache}, logits_to_keep=1)
 
-        for i in range(warm):
-            step(i)
-        return self.seconds(lambda: [step(warm + i) for i in range(steps)]) / steps
+        repeat(step, range(warm))
+        return self.seconds(lambda: repeat(step, range(warm, warm + steps))) / steps
 
     def _static_step(self, batch: int, context: int) -> float:
         """StaticCache with the whole step compiled and graphed, as transformers recommends."""
@@ -380,13 +387,12 @@ class Bench:
         token, steps = self.tokens(batch, 1), 20
         position = torch.full((1, 1), context, device=self.device)
 
-        def step() -> None:
-            torch.compiler.cudagraph_mark_step_begin()
+        def step(_: int) -> None:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             compiled(token, position_ids=position, **{self.key: cache}, logits_to_keep=1)
             position.add_(1)
 
-        for _ in range(4):
-            step()
-        seconds = self.seconds(lambda: [step() for _ in range(steps)]) / steps
+        repeat(step, range(4))
+        seconds = self.seconds(lambda: repeat(step, range(steps))) / steps
         torch.compiler.reset()
         return seconds
