@@ -63,7 +63,7 @@ class CacheOptions:
         given = self.given()
         return make_spec(self.strategy, given.pop("budget", None), prompt_tokens=prompt_tokens, **given)
 
-    def make(self, model: PreTrainedModel, prompt_tokens: int) -> Cache:
+    def make(self, model: PreTrainedModel, prompt_tokens: int) -> lf.KVCache:
         """Return a fresh cache for prompts of `prompt_tokens` tokens."""
         return lf.KVCache(model, self.strategy, prompt_tokens=prompt_tokens, **self.given())
 

@@ -371,6 +371,63 @@ def report(
 
 
 @app.command()
+def show(
+    model: ModelOption = "smollm2",
+    strategy: Annotated[
+        str, typer.Option("--strategy", "-s", autocompletion=_strategy_names, help="What to keep.", **CACHE)
+    ] = "liquid_fusion",
+    cache_size: Annotated[
+        float | None,
+        typer.Option("--cache-size", "-c", min=1, max=100, **_cache("Percent of the prompt.", "20, without --budget")),
+    ] = None,
+    budget: Annotated[int | None, typer.Option(**_cache("Tokens kept.", "by --cache-size"))] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("--parameter", metavar="NAME=VALUE", help="A parameter of the strategy: sink_size=8.", **CACHE),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The text.", show_default="built in", **INPUT)] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file with the text.", **INPUT)] = None,
+    max_tokens: Annotated[int, typer.Option(min=0, help="Tokens to write after it.", **INPUT)] = 0,
+    chunk: Annotated[
+        int | None, typer.Option(min=1, help="Tokens fed in one call.", show_default="the whole text", **INPUT)
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="One layer only.", show_default="all")] = None,
+    head: Annotated[int | None, typer.Option(help="One kv head only.", show_default="all")] = None,
+    page: Annotated[Path | None, typer.Option("--html", help="Also write a page into this file.", **OUTPUT)] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Show which tokens of a text a cache kept: bright ones gathered much attention, evicted ones are struck out."""
+    from liquidfusion.bench import inputs, models, output, results, showing, texts
+    from liquidfusion.bench.caches import CacheOptions
+
+    if prompt is not None and prompt_file is not None:
+        raise ConfigError("give --prompt or --prompt-file, not both")
+    text = prompt if prompt_file is None else texts.read_text(prompt_file)
+    if cache_size is None and budget is None:
+        cache_size = 20.0
+    cache = CacheOptions(strategy=strategy, cache_size=cache_size, budget=budget, **inputs.parameters(parameter or []))
+    cache.spec()
+    with output.Terminal(quiet=quiet or as_json).waiting(f"loading {model}"):
+        loaded = models.load(model, device=device, dtype=dtype)
+    kept = showing.keep(
+        loaded, texts.DEFAULT_PROMPT if text is None else text, cache, max_tokens=max_tokens, chunk=chunk
+    )
+    showing.check_place(kept, layer, head)
+    if page is not None:
+        results.write_atomic(page, showing.html(kept, f"What {strategy} kept of {len(kept.tokens)} tokens"))
+    if as_json:
+        share, intensity = kept.share(layer, head).tolist(), kept.intensity(layer, head).tolist()
+        typer.echo(results.to_json({"tokens": kept.tokens, "share": share, "attention_rank": intensity}), nl=False)
+    elif quiet:
+        typer.echo(page or "")
+    else:
+        output.show_kept(kept, layer, head, strategy, page)
+
+
+@app.command()
 def plan(
     model: ModelOption = "smollm2",
     gpu: Annotated[

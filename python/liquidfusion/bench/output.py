@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from liquidfusion.bench.planning import Plan
+from liquidfusion.bench.showing import Kept, terminal
 from liquidfusion.bench.tasks.task import Progress as Report
 
 
@@ -61,6 +62,22 @@ def show_plan(plan: Plan, title: str, strategy: str) -> None:
             ),
         ],
     )
+
+
+def show_kept(kept: Kept, layer: int | None, head: int | None, strategy: str, page: Path | None) -> None:
+    """Print a text with what was kept of it, and where the page is."""
+    console = Console()
+    console.print(terminal(kept, layer, head))
+    share = kept.share(layer, head)
+    console.print(
+        Text(
+            f"\n{strategy}: of {len(kept.tokens)} tokens a head keeps {share.sum():.0f}; "
+            f"{(share == 0).sum()} are kept by none, {(share == 1).sum()} by all",
+            style="dim",
+        )
+    )
+    if page is not None:
+        console.print(Text(str(page)), style="dim", soft_wrap=True)
 
 
 class Terminal:

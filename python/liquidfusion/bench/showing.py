@@ -1,0 +1,209 @@
+"""``show``: which tokens of a text a cache kept, and how much attention each had gathered."""
+
+import json
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.text import Text
+
+from liquidfusion.bench import decoding
+from liquidfusion.bench.caches import CacheOptions
+from liquidfusion.bench.charts import COLOURS
+from liquidfusion.bench.models import Loaded
+from liquidfusion.exceptions import CacheError, ConfigError
+
+_EVICTED = "-"
+_LEVELS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a cache kept of one text.
+
+    Attributes
+    ----------
+    tokens
+        The text of each token.
+    written
+        How many of them, at the end, the model wrote itself.
+    kept
+        bool ``[layers, kv_heads, tokens]``.
+    mass
+        Attention mass of each kept token, float32 of the same shape; None if the strategy gathers none.
+    """
+
+    tokens: list[str]
+    written: int
+    kept: npt.NDArray[np.bool_]
+    mass: npt.NDArray[np.float32] | None
+
+    def share(self, layer: int | None = None, head: int | None = None) -> npt.NDArray[np.float64]:
+        """Return the share of the heads (of one layer, or one head) that kept each token, ``[tokens]``."""
+        part: npt.NDArray[np.float64] = self.kept[_pick(layer), _pick(head)].mean((0, 1))
+        return part
+
+    def levels(self) -> list[list[str]]:
+        """Return, for each layer and head, one letter a token: ``-`` evicted, else the rank of its mass from 0 to 9."""
+        layers, heads, count = self.kept.shape
+        found = []
+        for layer in range(layers):
+            row = []
+            for head in range(heads):
+                kept = self.kept[layer, head]
+                letters = np.full(count, _EVICTED)
+                ranks = np.full(kept.sum(), _LEVELS // 2)
+                if self.mass is not None:
+                    order = self.mass[layer, head][kept].argsort(kind="stable").argsort(kind="stable")
+                    ranks = order * _LEVELS // max(1, len(order))
+                letters[kept] = [str(rank) for rank in ranks]
+                row.append("".join(letters))
+            found.append(row)
+        return found
+
+    def intensity(self, layer: int | None = None, head: int | None = None) -> npt.NDArray[np.float64]:
+        """Return the mean rank of the mass of each token where it was kept, from 0 to 1, ``[tokens]``."""
+        levels = [[[-1 if c == _EVICTED else int(c) for c in head] for head in layer] for layer in self.levels()]
+        part = np.array(levels, dtype=float)[_pick(layer), _pick(head)]
+        count = (part >= 0).sum((0, 1))
+        total: npt.NDArray[np.float64] = np.where(part >= 0, part, 0).sum((0, 1)) / np.maximum(count, 1)
+        return total / (_LEVELS - 1)
+
+
+def _pick(index: int | None) -> slice:
+    return slice(None) if index is None else slice(index, index + 1)
+
+
+def keep(loaded: Loaded, text: str, cache: CacheOptions, *, max_tokens: int = 0, chunk: int | None = None) -> Kept:
+    """Read a text, write on for `max_tokens`, and look at what the cache holds then.
+
+    Parameters
+    ----------
+    text
+        The prompt.
+    max_tokens
+        Tokens to write after it, the likeliest each time.
+    chunk
+        Prompt tokens fed in one call; None: all at once.
+
+    Raises
+    ------
+    ConfigError
+        The text has no token.
+    """
+    model, tokenizer = loaded.model, loaded.tokenizer
+    ids = decoding.prefix(tokenizer) + decoding.encode(tokenizer, text)
+    if not ids:
+        raise ConfigError("the prompt has no token")
+    store = cache.make(model, len(ids))
+    stream = decoding.Stream(model, store)
+    logits = stream.feed_chunks(torch.tensor([ids], device=model.device), chunk=chunk)
+    for _ in range(max_tokens):
+        token = logits[:, -1].argmax(-1)
+        ids.append(int(token))
+        logits = stream.feed(token[:, None], last=True)
+    layers = [store.positions(layer)[0].numpy() for layer in range(len(store))]
+    kept = np.zeros((len(layers), layers[0].shape[0], len(ids)), dtype=np.bool_)
+    try:
+        masses = [store.scores(layer)[0][0].float().cpu().numpy() for layer in range(len(store))]
+        mass = np.zeros(kept.shape, dtype=np.float32)
+    except CacheError:
+        masses, mass = [], None
+    for layer, positions in enumerate(layers):
+        for head, row in enumerate(positions):
+            kept[layer, head, row[row >= 0]] = True
+            if mass is not None:
+                mass[layer, head, row[row >= 0]] = masses[layer][head][row >= 0]
+    return Kept([tokenizer.decode([token]) for token in ids], max_tokens, kept, mass)
+
+
+def check_place(kept: Kept, layer: int | None, head: int | None) -> None:
+    """Refuse a layer or head that the model does not have.
+
+    Raises
+    ------
+    ConfigError
+        There is no such layer or head.
+    """
+    for name, value, count in (("layer", layer, kept.kept.shape[0]), ("head", head, kept.kept.shape[1])):
+        if value is not None and not 0 <= value < count:
+            raise ConfigError(f"{name} {value}: 0 to {count - 1} is accepted")
+
+
+def terminal(kept: Kept, layer: int | None = None, head: int | None = None) -> Text:
+    """Return the text for a terminal: the more attention the brighter, evicted tokens struck out."""
+    shades = ("grey30", "dark_orange3", "orange3", "gold1", "yellow1")
+    text = Text()
+    share, intensity = kept.share(layer, head), kept.intensity(layer, head)
+    for index, token in enumerate(kept.tokens):
+        if share[index] == 0:
+            style = "dim strike"
+        else:
+            style = f"{shades[min(int(intensity[index] * share[index] * 5), 4)]}{' bold' if share[index] > 0.5 else ''}"
+        text.append(token, f"{style}{' underline' if index >= len(kept.tokens) - kept.written else ''}")
+    return text
+
+
+_SCRIPT = """
+const T = document.querySelectorAll('#text span');
+const L = document.getElementById('layer'), H = document.getElementById('head');
+function draw() {
+  let rows = [];
+  D.forEach((heads, l) => heads.forEach((row, h) => {
+    if ((L.value === '' || +L.value === l) && (H.value === '' || +H.value === h)) rows.push(row);
+  }));
+  T.forEach((span, i) => {
+    let n = 0, sum = 0;
+    for (const row of rows) if (row[i] !== '-') { n++; sum += +row[i]; }
+    const share = n / rows.length, level = n ? sum / n / 9 : 0;
+    span.className = n ? '' : 'gone';
+    span.style.setProperty('--a', n ? (0.08 + 0.72 * level * share).toFixed(2) : 0);
+    span.title = 'token ' + i + ': kept by ' + n + ' of ' + rows.length + ' heads'
+      + (n ? ', attention rank ' + level.toFixed(2) : '');
+  });
+}
+L.onchange = H.onchange = draw; draw();
+"""
+
+_STYLE = """
+:root { color-scheme: light dark; %(light)s; --mark: 194 78 0 }
+@media (prefers-color-scheme: dark) { :root { %(dark)s; --mark: 255 157 92 } }
+body { margin: 0 auto; padding: 1rem; max-width: 60rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif }
+h1 { font-size: 1.4rem } .soft, label { color: var(--soft) } select { font: inherit; margin: 0 1rem 0 .3rem }
+#text { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--grid); border-radius: .5rem;
+  padding: 1rem; line-height: 1.8 }
+#text span { background: rgb(var(--mark) / var(--a)); border-radius: .2rem }
+#text .gone { color: var(--soft); text-decoration: line-through }
+#text .own { border-bottom: 2px solid var(--c0) }
+""".strip()
+
+
+def html(kept: Kept, title: str) -> str:
+    """Return a page that needs nothing else; layer and head can be chosen on it."""
+    light, dark = ("; ".join(f"--{name}: {pair[i]}" for name, pair in COLOURS.items()) for i in (0, 1))
+    layers, heads, count = kept.kept.shape
+    first_own = count - kept.written
+    spans = "".join(
+        f"<span>{'<b class=own>' if i >= first_own else ''}{escape(token)}{'</b>' if i >= first_own else ''}</span>"
+        for i, token in enumerate(kept.tokens)
+    )
+    choices = {
+        name: "<option value=''>all</option>" + "".join(f"<option>{index}</option>" for index in range(size))
+        for name, size in (("layer", layers), ("head", heads))
+    }
+    unscored = "" if kept.mass is not None else " This strategy gathers no attention, so all kept tokens look alike."
+    style = _STYLE % {"light": light, "dark": dark}
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        f"<title>{escape(title)}</title><style>{style}</style></head><body><main><h1>{escape(title)}</h1>"
+        "<p class='soft'>The stronger the colour, the more attention a token gathered where it was kept; struck out: "
+        f"kept by no head; underlined: written by the model. Point at a token for its numbers.{unscored}</p>"
+        f"<p><label>layer <select id='layer'>{choices['layer']}</select></label>"
+        f"<label>kv head <select id='head'>{choices['head']}</select></label></p>"
+        f"<div id='text'>{spans}</div></main><script>const D = {json.dumps(kept.levels())};{_SCRIPT}</script>"
+        "</body></html>\n"
+    )
