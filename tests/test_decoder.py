@@ -1,0 +1,60 @@
+"""The decoder's ring protocol in Triton's interpreter: it keeps what the generic path keeps."""
+
+import pytest
+import torch
+
+import liquidfusion as lf
+from liquidfusion import cache as cache_module
+from liquidfusion import kernels
+from liquidfusion.install import cache_keyword
+from tiny import tiny
+
+pytestmark = [
+    pytest.mark.skipif(
+        not hasattr(kernels, "decode") or torch.cuda.is_available(), reason="needs Triton and its interpreter"
+    ),
+    # The interpreter computes both branches of a `where` with numpy.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+
+def run(model, ids, mask, **options):
+    """Tokens and sorted kept positions of each layer after a padded prompt and some decode steps."""
+    cache = lf.KVCache(model, "liquid_fusion", 24, **options)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, **{cache_keyword(model): cache})
+    kept = [cache.positions(layer).sort(-1).values for layer in range(len(cache))]
+    return out, torch.stack(kept), cache
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+def test_the_ring_reuses_the_slots_that_the_generic_path_reuses(monkeypatch, interval):
+    model = tiny("qwen3")
+    torch.manual_seed(0)
+    ids = torch.randint(3, model.config.vocab_size, (2, 20))
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    expected, kept, _ = run(model, ids, mask, eviction_interval=interval)
+    monkeypatch.setattr(cache_module, "kernels_usable", lambda device: True)  # noqa: ARG005
+    tokens, positions, cache = run(model, ids, mask, eviction_interval=interval)
+    assert cache._decoder is not None
+    assert torch.equal(tokens, expected)
+    assert torch.equal(positions, kept)
+    # The device's own positions agree with the host's, which only follows.
+    for index, layer in enumerate(cache._store.layers):
+        assert layer.positions.data_ptr() != cache._store.host.positions[index].data_ptr()
+        assert torch.equal(layer.positions, cache._store.host.positions[index])
+
+
+def test_reset_and_a_second_prompt_start_over(monkeypatch):
+    model = tiny("qwen3")
+    torch.manual_seed(0)
+    ids = torch.randint(3, model.config.vocab_size, (1, 20))
+    mask = torch.ones_like(ids)
+    monkeypatch.setattr(cache_module, "kernels_usable", lambda device: True)  # noqa: ARG005
+    first, kept, cache = run(model, ids, mask)
+    cache.reset()
+    again = model.generate(
+        ids, attention_mask=mask, max_new_tokens=8, do_sample=False, **{cache_keyword(model): cache}
+    )
+    assert torch.equal(again, first)
+    assert torch.equal(torch.stack([cache.positions(i).sort(-1).values for i in range(len(cache))]), kept)
