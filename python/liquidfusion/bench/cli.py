@@ -46,6 +46,7 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, … or
 DtypeOption = Annotated[str, typer.Option(help="auto (float32 on CPU), float32, bfloat16 or float16.")]
 OutputOption = Annotated[Path, typer.Option("--output-dir", "-o", help="Where results go.", **OUTPUT)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.", **OUTPUT)]
+ListJsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the path of the result.", **OUTPUT)]
 
 
@@ -481,11 +482,73 @@ def plan(
 
 
 @app.command()
-def tasks() -> None:
+def speed(
+    shape: Annotated[
+        str, typer.Option(help="Random weights: llama-3.1-8b, qwen3-8b, smollm2-135m or custom (small).")
+    ] = "smollm2-135m",
+    budget: Annotated[int, typer.Option(min=8, help="Slots of the bounded cache.")] = 2048,
+    contexts: Annotated[str, typer.Option(help="Context lengths of the full caches, with commas.")] = "32768,131072",
+    prefill: Annotated[str, typer.Option(help="Prompt lengths, with commas.")] = "32768",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once, where there are several.")] = 64,
+    chunk: Annotated[int, typer.Option(min=2, help="Tokens of a prompt fed in one call.")] = 4096,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps timed together.")] = 100,
+    parts: Annotated[str | None, typer.Option(help="What to measure, with commas.", show_default="everything")] = None,
+    static: Annotated[bool, typer.Option(help="Also StaticCache with torch.compile, which takes minutes.")] = True,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    output_dir: OutputOption = Path("benchmark_results"),
+    as_json: JsonOption = False,
+) -> None:
+    """Time decode and prefill beside transformers' own caches, on one model in one run."""
+    from liquidfusion.bench import models, output, results
+    from liquidfusion.bench.speed import PARTS, Bench, Plan, Results, build
+
+    chosen = tuple(parts.split(",")) if parts else PARTS
+    if unknown := [part for part in chosen if part not in PARTS]:
+        raise ConfigError(f"parts has {unknown}; {', '.join(PARTS)} are accepted")
+    plan = Plan(
+        budget, _lengths("contexts", contexts), _lengths("prefill", prefill), batch, chunk, steps, chosen, static
+    )
+    where = models.resolve_device(device)
+    model = build(shape, where, models.resolve_dtype(dtype, where))
+    results.check_writable(output_dir)
+    path = output_dir / f"speed_{shape}_{results.now():%Y%m%d-%H%M%S}.json"
+    found = Results()
+
+    def keep(line: str) -> None:
+        if not as_json:
+            typer.echo(line)
+        results.write_atomic(path, results.to_json({"figures": found.figures, "failures": found.failures}))
+
+    found.report = keep
+    Bench(model, plan, found).run()
+    if as_json:
+        typer.echo(path.read_text(encoding="utf-8"), nl=False)
+    else:
+        output.table(["figure", "value"], [[name, f"{value:.5g}"] for name, value in found.figures.items()])
+        typer.echo(str(path))
+
+
+def _lengths(name: str, text: str) -> tuple[int, ...]:
+    try:
+        lengths = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{name} is {text!r}; numbers of tokens with commas are accepted") from None
+    if min(lengths) < 1:
+        raise ConfigError(f"{name} is {text!r}; every length must be at least 1")
+    return lengths
+
+
+@app.command()
+def tasks(as_json: ListJsonOption = False) -> None:
     """List the tasks and their own options."""
-    from liquidfusion.bench import output
+    from liquidfusion.bench import output, results
     from liquidfusion.bench.tasks import TASKS
 
+    if as_json:
+        listed = [{"task": t.name, "measures": t.summary, "options": t.options()} for t in TASKS.values()]
+        typer.echo(results.to_json(listed), nl=False)
+        return
     rows = [
         (task.name, task.summary, " ".join(f"{k}={v}" for k, v in task.options().items() if v is not None))
         for task in TASKS.values()
@@ -494,11 +557,14 @@ def tasks() -> None:
 
 
 @app.command()
-def strategies() -> None:
+def strategies(as_json: ListJsonOption = False) -> None:
     """List the strategies, what each keeps, and the paper it comes from."""
     from liquidfusion import _core
-    from liquidfusion.bench import output
+    from liquidfusion.bench import output, results
 
+    if as_json:
+        typer.echo(results.to_json([dict(entry) for entry in _core.strategies()]), nl=False)
+        return
     output.table(
         ("strategy", "keeps", "parameters", "paper"),
         [
