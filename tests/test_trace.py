@@ -115,6 +115,14 @@ def test_whole_trace(strategy: str, interval: int, rate: float, adaptive: bool, 
 
 
 @pytest.mark.parametrize("strategy", REGISTRY)
+def test_a_chunk_forgets_the_queue(strategy: str) -> None:
+    """Victims are chosen while slots are still empty; a chunk that fits beside them makes the choice anew."""
+    one = drive(strategy, 68, interval=8, rate=0.3, adaptive=False, layers=1, batch=1, kv_heads=2, group=2, seed=5)
+    for new in (61, 3, 2, *[1] * 20, 5, *[1] * 20):
+        one.call(Call([new]))
+
+
+@pytest.mark.parametrize("strategy", REGISTRY)
 @settings(
     derandomize=True,
     deadline=None,
