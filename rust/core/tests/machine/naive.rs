@@ -1,0 +1,170 @@
+//! One (layer, row, head) by the rules of the design, with lists and sorting; shares nothing with the crate but the parameters.
+
+use liquidfusion_core::sinks::Sinks;
+use liquidfusion_core::spec::Spec;
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Token {
+    position: usize,
+    mass: f32,
+    peak: f32,
+}
+
+/// Slots, queue and counter of one head.
+#[derive(Debug, Clone)]
+pub(crate) struct Head {
+    spec: Spec,
+    seen: usize,
+    slots: Vec<Option<Token>>,
+    queue: Vec<usize>,
+}
+
+/// Move the `count` tokens of largest score from `left` to `kept`; of equal ones the newer.
+fn take(left: &mut Vec<Token>, kept: &mut Vec<Token>, count: usize, score: impl Fn(&Token) -> f32) {
+    left.sort_by(|a, b| score(b).partial_cmp(&score(a)).unwrap().then(b.position.cmp(&a.position)));
+    kept.extend(left.drain(..count.min(left.len())));
+}
+
+fn round_half_up(x: f64) -> usize {
+    (x + 0.5).floor() as usize
+}
+
+impl Head {
+    pub(crate) fn new(spec: &Spec, slots: usize) -> Self {
+        Self { spec: spec.clone(), seen: 0, slots: vec![None; slots], queue: (0..slots).collect() }
+    }
+
+    pub(crate) fn seen(&self) -> usize {
+        self.seen
+    }
+
+    pub(crate) fn queue(&self) -> &[usize] {
+        &self.queue
+    }
+
+    pub(crate) fn positions(&self) -> Vec<i32> {
+        self.slots.iter().map(|slot| slot.map_or(-1, |token| token.position as i32)).collect()
+    }
+
+    pub(crate) fn grow(&mut self, slots: usize) {
+        self.queue.extend(self.slots.len()..slots);
+        self.slots.resize(slots, None);
+    }
+
+    /// One new token; returns its slot.
+    pub(crate) fn decode(&mut self) -> usize {
+        let slot = self.queue.remove(0);
+        self.slots[slot] = Some(Token { position: self.seen, mass: 0.0, peak: 0.0 });
+        self.seen += 1;
+        slot
+    }
+
+    pub(crate) fn look(&mut self, slot: usize, mass: f32, peak: f32) {
+        let token = self.slots[slot].as_mut().unwrap();
+        (token.mass, token.peak) = (mass, peak);
+    }
+
+    /// Several new tokens; returns the column that goes into each slot, or -1.
+    pub(crate) fn chunk(&mut self, columns: &[i32], new: usize, mass: &[f32], peak: &[f32]) -> Vec<i32> {
+        let slots = self.slots.len();
+        for (slot, token) in self.slots.iter_mut().enumerate() {
+            if let Some(token) = token {
+                (token.mass, token.peak) = (mass[slot], peak[slot]);
+            }
+        }
+        let fresh: Vec<(i32, Token)> = (columns.iter().enumerate())
+            .filter(|(_, rank)| **rank >= 0)
+            .map(|(column, &rank)| {
+                let (position, i) = (self.seen + rank as usize, slots + column);
+                (column as i32, Token { position, mass: mass[i], peak: peak[i] })
+            })
+            .collect();
+        self.seen += new;
+        let mut all: Vec<Token> = self.slots.iter().flatten().copied().chain(fresh.iter().map(|f| f.1)).collect();
+        if all.len() > slots {
+            all = self.keep(&all, slots);
+        }
+        for slot in &mut self.slots {
+            if slot.is_some_and(|token| !all.contains(&token)) {
+                *slot = None;
+            }
+        }
+        let mut source = vec![-1; slots];
+        let mut empty: Vec<usize> = (0..slots).filter(|&slot| self.slots[slot].is_none()).collect();
+        for (column, token) in fresh {
+            if all.contains(&token) {
+                let slot = empty.remove(0);
+                self.slots[slot] = Some(token);
+                source[slot] = column;
+            }
+        }
+        self.queue = empty;
+        source
+    }
+
+    /// Choose the next victims if few slots are queued; returns how many.
+    pub(crate) fn watermark(&mut self) -> usize {
+        let interval = self.spec.interval();
+        if !self.spec.strategy().bounded() || self.queue.len() > interval {
+            return 0;
+        }
+        let due = 2 * interval - self.queue.len();
+        let candidates: Vec<(usize, Token)> = (self.slots.iter().enumerate())
+            .filter(|(slot, _)| !self.queue.contains(slot))
+            .filter_map(|(slot, token)| token.map(|token| (slot, token)))
+            .collect();
+        let tokens: Vec<Token> = candidates.iter().map(|c| c.1).collect();
+        let stay = self.keep(&tokens, tokens.len() - due);
+        let mut victims: Vec<_> = candidates.into_iter().filter(|(_, token)| !stay.contains(token)).collect();
+        victims.sort_by_key(|(_, token)| token.position);
+        assert_eq!(victims.len(), due);
+        self.queue.extend(victims.iter().map(|v| v.0));
+        due
+    }
+
+    /// The `count` tokens that stay.
+    fn keep(&self, candidates: &[Token], count: usize) -> Vec<Token> {
+        let p = self.spec.parameters();
+        let sinks = p.sink_size.unwrap_or(0).min(count - 1);
+        let rest = count - sinks;
+        let (recent, peaks, masses) = if self.spec.strategy().scored() {
+            let (heavy, recent) = (p.heavy_ratio.unwrap(), p.recent_ratio.unwrap());
+            let recent = round_half_up(rest as f64 * recent / (heavy + recent)).max(1);
+            let peaks = round_half_up((rest - recent) as f64 * p.peak_ratio.unwrap_or(0.0));
+            (recent, peaks, rest - recent - peaks)
+        } else {
+            (rest, 0, 0)
+        };
+        let mut left = candidates.to_vec();
+        left.sort_by_key(|token| token.position);
+        let mut kept = Vec::new();
+        if self.spec.sinks() == Sinks::Pinned {
+            let first = left.iter().take_while(|token| token.position < sinks).count();
+            kept.extend(left.drain(..first));
+            let newest = count - kept.len() - peaks - masses;
+            kept.extend(left.drain(left.len() - newest..));
+        } else {
+            kept.extend(left.drain(left.len() - recent..));
+            take(&mut left, &mut kept, sinks, |token| self.judged(token));
+        }
+        take(&mut left, &mut kept, peaks, |token| token.peak);
+        take(&mut left, &mut kept, masses, |token| self.judged(token));
+        kept
+    }
+
+    /// The mass, or per query that could look where the strategy wants it.
+    fn judged(&self, token: &Token) -> f32 {
+        if !self.spec.averaged() {
+            return token.mass;
+        }
+        let queries = self.seen.saturating_sub(token.position + self.spec.look_gap()).max(1);
+        let decay = self.spec.mass_decay();
+        if decay < 1.0 {
+            // The geometric series summed; adding its terms up would round differently.
+            let weights = (1.0 - decay.powf(queries as f64)) / (1.0 - decay);
+            token.mass * (1.0 / weights) as f32
+        } else {
+            token.mass / queries as f32
+        }
+    }
+}

@@ -1,0 +1,540 @@
+"""The bindings: shared memory, every refusal typed and without effect, the GIL released, state saved and moved."""
+
+import copy
+import math
+import pickle
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from liquidfusion import _core
+from liquidfusion.exceptions import CacheError, ConfigError, ScoreError, TensorError
+
+LAYERS, BATCH, HEADS, SLOTS = 2, 3, 2, 32
+SHAPE = (LAYERS, BATCH, HEADS, SLOTS)
+
+
+def tensors(shape: tuple[int, ...] = SHAPE) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.full(shape, -1, dtype=torch.int32), torch.zeros(shape), torch.zeros(shape)
+
+
+def slots_out() -> torch.Tensor:
+    return torch.full(SHAPE[:3], -7, dtype=torch.int64)
+
+
+@pytest.fixture
+def ledger() -> tuple[_core.Ledger, torch.Tensor, torch.Tensor, torch.Tensor]:
+    bound = tensors()
+    return _core.Ledger(_core.Spec("h2o", SLOTS, eviction_interval=2), *bound), *bound
+
+
+def decode(core: _core.Ledger, steps: int, mass: torch.Tensor | None = None) -> None:
+    out = slots_out()
+    for step in range(steps):
+        core.begin([1] * BATCH, out)
+        if mass is not None:
+            mass += torch.rand(mass.shape, generator=torch.Generator().manual_seed(step))
+        core.finish()
+
+
+def test_memory_is_shared_both_ways(ledger):
+    core, positions, mass, _ = ledger
+    out = slots_out()
+    mass.fill_(3.0)
+    core.begin([1, 1, 1], out)
+    assert (out == 0).all()
+    assert (positions[..., 0] == 0).all(), "what Rust writes is seen in torch"
+    assert (mass[..., 0] == 0).all()
+    core.finish()
+    decode(core, SLOTS - 2)
+    core.begin([1, 1, 1], out)
+    mass[0, 0, 0, 5] = math.nan
+    with pytest.raises(ScoreError, match=r"mass of layer 0, row 0, head 0, index 5 is NaN"):
+        core.finish()  # what torch writes is seen in Rust
+    mass[0, 0, 0, 5] = 0.0
+    assert core.finish() == LAYERS * BATCH * HEADS * 2
+
+
+def test_numpy_and_torch_are_alike():
+    out = slots_out().numpy()
+    positions, mass, peak = (tensor.numpy() for tensor in tensors())
+    core = _core.Ledger(_core.Spec("h2o", SLOTS), positions, mass, peak)
+    core.begin([1, 0, 1], out)
+    core.finish()
+    assert (positions[:, [0, 2], :, 0] == 0).all()
+    assert (positions[:, 1] == -1).all()
+    assert (out[:, 1] == -1).all()
+
+
+def test_pinned_memory_is_accepted():
+    if not torch.cuda.is_available():
+        pytest.skip("pinning memory needs a GPU")
+    positions, mass, peak = (tensor.pin_memory() for tensor in tensors())
+    core = _core.Ledger(_core.Spec("h2o", SLOTS), positions, mass, peak)
+    core.reset()
+    assert (positions == -1).all()
+
+
+class Elsewhere:
+    """Claims to lie on a GPU, as far as DLPack goes."""
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (2, 0)
+
+    def __dlpack__(self, **_: object) -> object:
+        raise AssertionError("memory of another device must not be touched")
+
+
+def replaced(index: int, value: object) -> list[object]:
+    arguments: list[object] = list(tensors())
+    arguments[index] = value
+    return arguments
+
+
+def frozen(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "message"),
+    [
+        (0, torch.full(SHAPE, -1), "positions must be int32, got int64"),
+        (1, torch.zeros(SHAPE, dtype=torch.float64), "mass must be float32, got float64"),
+        (1, torch.zeros(SHAPE, dtype=torch.bfloat16), "mass must be float32, got bfloat16"),
+        (2, torch.zeros(SHAPE[1:]), r"peak must have the shape \[layers, batch, kv_heads, slots\], got \[3, 2, 32\]"),
+        (2, torch.zeros(2, 3, 2, 31), r"peak must have the shape \[2, 3, 2, 32\], got \[2, 3, 2, 31\]"),
+        (1, torch.zeros(2, 3, 32, 2).transpose(2, 3), "mass must be C-contiguous"),
+        (1, torch.zeros(*SHAPE[:3], 64)[..., ::2], "mass must be C-contiguous"),
+        (0, frozen(np.full(SHAPE, -1, np.int32)), "positions must be .*(writable|read)"),
+        (1, [0.0], "mass must be a CPU tensor or array that exports DLPack, got list"),
+        (2, None, "mass and peak must both be tensors or both None"),
+        (1, torch.zeros(SHAPE, device="meta"), "mass must be"),
+    ],
+)
+def test_wrong_tensors_are_refused(index, value, message):
+    with pytest.raises(TensorError, match=message):
+        _core.Ledger(_core.Spec("h2o", SLOTS), *replaced(index, value))
+
+
+def test_other_devices_are_refused():
+    with pytest.raises((TensorError, AssertionError)) as error:
+        _core.Ledger(_core.Spec("h2o", SLOTS), *replaced(1, Elsewhere()))
+    assert isinstance(error.value, TensorError)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_tensors_are_refused():
+    with pytest.raises(TensorError, match="on the CPU, pinned or not, got a tensor on cuda:0"):
+        _core.Ledger(_core.Spec("h2o", SLOTS), *replaced(1, torch.zeros(SHAPE, device="cuda")))
+
+
+def test_shared_memory_is_refused():
+    positions, mass, _ = tensors()
+    with pytest.raises(TensorError, match="must not share memory"):
+        _core.Ledger(_core.Spec("h2o", SLOTS), positions, mass, mass)
+    with pytest.raises(TensorError, match="must not share memory"):
+        _core.accumulate(
+            torch.zeros(1, 1, 1, 1, 4), torch.zeros(1, 1, dtype=torch.int32), [1], *[torch.zeros(1, 1, 4)] * 2, 1.0, 1.0
+        )
+
+
+def test_scored_strategies_need_scores_and_exactly_their_budget():
+    with pytest.raises(TensorError, match="h2o needs the tensors mass and peak, got None"):
+        _core.Ledger(_core.Spec("h2o", SLOTS), tensors()[0], None, None)
+    _core.Ledger(_core.Spec("streaming", SLOTS), tensors()[0], None, None)
+    with pytest.raises(TensorError, match="a budget of 31 needs 31 slots, got 32"):
+        _core.Ledger(_core.Spec("h2o", 31), *tensors())
+
+
+def test_begin_checks_before_it_writes(ledger):
+    core, positions, _, _ = ledger
+    out = slots_out()
+    for lengths, error, message in [
+        ([1, 1], TensorError, "lengths must have one entry per row, 3, got 2"),
+        ([1, -1, 1], ConfigError, r"lengths\[1\] must be from 0 to 2147483647, got -1"),
+        ([1, 2**70, 1], ConfigError, r"lengths\[1\] must be"),
+        ([1, 1.5, 1], ConfigError, "lengths must be an integer, got 1.5"),
+        (7, ConfigError, "lengths must be a sequence of integers, got 7"),
+    ]:
+        with pytest.raises(error, match=message):
+            core.begin(lengths, out)
+    with pytest.raises(TensorError, match=r"slots must have the shape \[2, 3, 2\], got \[2, 2, 3\]"):
+        core.begin([1, 1, 1], torch.zeros(2, 2, 3, dtype=torch.int64))
+    with pytest.raises(TensorError, match="slots must be int64, got int32"):
+        core.begin([1, 1, 1], slots_out().int())
+    assert (positions == -1).all()
+    assert (out == -7).all()
+    assert core.seen == [0, 0, 0]
+
+
+def test_calls_in_the_wrong_order(ledger):
+    core, *_ = ledger
+    out, columns = slots_out(), torch.arange(2, dtype=torch.int32).repeat(BATCH, 1)
+    scores = torch.zeros(BATCH, HEADS, SLOTS + 2)
+    source = torch.full((BATCH, HEADS, SLOTS), -7, dtype=torch.int32)
+    with pytest.raises(CacheError, match="finish must come after begin"):
+        core.finish()
+    with pytest.raises(CacheError, match="chunk must come between begin and finish"):
+        core.chunk(0, columns, scores, scores.clone(), source)
+    core.begin([2, 2, 2], out)
+    with pytest.raises(CacheError, match="begin must not come twice"):
+        core.begin([1, 1, 1], out)
+    core.chunk(0, columns, scores, scores.clone(), source)
+    with pytest.raises(CacheError, match="layer 0 was already decided"):
+        core.chunk(0, columns, scores, scores.clone(), source)
+    with pytest.raises(CacheError, match="layer 1 is missing"):
+        core.finish()
+    for call in (lambda: core.reorder([0, 1, 2]), lambda: core.queues(tensors()[0])):
+        with pytest.raises(CacheError, match="between begin and finish"):
+            call()
+    core.reset()
+    assert core.seen == [0, 0, 0]
+    decode(core, 1)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -1e-30])
+def test_bad_scores_change_nothing(ledger, bad):
+    core, positions, mass, peak = ledger
+    n = 2 * SLOTS
+    scores = torch.rand(BATCH, HEADS, SLOTS + n)
+    columns = torch.arange(n, dtype=torch.int32).repeat(BATCH, 1)
+    source = torch.full((BATCH, HEADS, SLOTS), -7, dtype=torch.int32)
+    core.begin([n] * BATCH, slots_out())
+    spoiled = scores.clone()
+    spoiled[2, 1, SLOTS + 3] = bad
+    with pytest.raises(ScoreError, match=rf"peak of layer 1, row 2, head 1, index {SLOTS + 3} is"):
+        core.chunk(1, columns, scores, spoiled, source)
+    assert (source == -7).all()
+    assert (positions == -1).all()
+    assert not mass.any()
+    assert not peak.any()
+    core.chunk(0, columns, scores, scores.clone(), source)
+    core.chunk(1, columns, scores, scores.clone(), source)
+    core.finish()
+    assert (positions >= 0).all()
+    assert core.evictions == LAYERS * BATCH * HEADS * SLOTS
+    assert core.queue_lengths() == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([0, 2, 1], "after 1 of them came 2"),
+        ([0, 1, -1], "must number its 3 new tokens, got 2"),
+        ([0, 1, -2], "-1 for padding, got -2"),
+    ],
+)
+def test_chunk_columns_are_checked(ledger, row, message):
+    core, *_ = ledger
+    core.begin([3, 3, 3], slots_out())
+    columns = torch.tensor([[0, 1, 2], [0, 1, 2], row], dtype=torch.int32)
+    scores = torch.zeros(BATCH, HEADS, SLOTS + 3)
+    source = torch.zeros(BATCH, HEADS, SLOTS, dtype=torch.int32)
+    with pytest.raises(TensorError, match=message):
+        core.chunk(0, columns, scores, scores.clone(), source)
+
+
+def accumulation(**changes: object) -> dict[str, object]:
+    arguments: dict[str, object] = {
+        "probabilities": torch.rand(2, 3, 2, 5, 70),
+        "ages": torch.arange(4, -1, -1, dtype=torch.int32).repeat(2, 1),
+        "elapsed": [5, 5],
+        "mass": torch.rand(2, 3, 70),
+        "peak": torch.rand(2, 3, 70),
+        "mass_decay": 0.9,
+        "peak_decay": 0.99,
+    }
+    return arguments | changes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_accumulate(dtype, threads, weighted):
+    ages = torch.tensor([[2, 1, -1, 0, -1], [4, 3, 2, 1, 0]], dtype=torch.int32)
+    elapsed = [3, 5]
+    weights = torch.rand(2, 3, 70) if weighted else None
+    given = accumulation(probabilities=torch.rand(2, 3, 2, 5, 70).to(dtype), ages=ages, elapsed=elapsed)
+    mean = given["probabilities"].double().mean(2)
+    expected = {}
+    for name, decay in (("mass", 0.9), ("peak", 0.99)):
+        fade = torch.where(ages >= 0, decay ** ages.double(), 0.0)[:, None, :, None]
+        looks = (mean * fade).sum(2) if name == "mass" else (mean * fade).amax(2)
+        looks = looks * weights if weighted else looks
+        old = given[name].double() * torch.tensor([decay**n for n in elapsed])[:, None, None]
+        expected[name] = old + looks if name == "mass" else torch.maximum(old, looks)
+    _core.accumulate(**given, weights=weights, threads=threads)
+    for name, value in expected.items():
+        torch.testing.assert_close(given[name].double(), value, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -0.5])
+def test_accumulate_refuses_bad_scores(dtype, bad):
+    given = accumulation(probabilities=torch.rand(2, 3, 2, 5, 70).to(dtype))
+    given["probabilities"][1, 2, 0, 4, 69] = bad
+    before = given["mass"].clone(), given["peak"].clone()
+    with pytest.raises(ScoreError, match=r"probabilities\[1, 2, 0, 4, 69\] is"):
+        _core.accumulate(**given)
+    assert torch.equal(given["mass"], before[0])
+    assert torch.equal(given["peak"], before[1])
+    # Padding is neither read nor refused.
+    given["ages"][1, 4] = -1
+    _core.accumulate(**given)
+    given["probabilities"][1, 2, 0, 4, 69] = -0.0
+    given["ages"][1, 4] = 0
+    _core.accumulate(**given)
+    given["mass"][0, 1, 2] = bad
+    with pytest.raises(ScoreError, match=r"mass\[0, 1, 2\] is"):
+        _core.accumulate(**given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"probabilities": torch.zeros(2, 3, 2, 5, 70, dtype=torch.float64)},
+            TensorError,
+            "float32, bfloat16 or float16",
+        ),
+        ({"probabilities": torch.zeros(2, 3, 5, 70)}, TensorError, r"probabilities must have the shape \[batch"),
+        (
+            {"ages": torch.zeros(2, 4, dtype=torch.int32)},
+            TensorError,
+            r"ages must have the shape \[2, 5\], got \[2, 4\]",
+        ),
+        ({"mass": torch.zeros(2, 3, 71)}, TensorError, r"mass must have the shape \[2, 3, 70\], got \[2, 3, 71\]"),
+        ({"elapsed": [5]}, TensorError, "elapsed must have one entry per row, 2, got 1"),
+        ({"elapsed": [5, -1]}, ConfigError, "elapsed must be from 0 to .*, got -1"),
+        ({"mass_decay": 1.5}, ConfigError, "mass_decay must be a number from 0 to 1, got 1.5"),
+        ({"peak_decay": math.nan}, ConfigError, "peak_decay must be a number from 0 to 1, got NaN"),
+        ({"threads": 0}, ConfigError, "threads must be an integer of at least 1, got 0"),
+        ({"peak": frozen(np.zeros((2, 3, 70), np.float32))}, TensorError, "peak must be .*(writable|read)"),
+    ],
+)
+def test_accumulate_checks_its_arguments(changes, error, message):
+    with pytest.raises(error, match=message):
+        _core.accumulate(**accumulation(**changes))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_select(ties):
+    scores = torch.rand(9, 301)
+    if ties:
+        scores = (scores * 4).round()
+    out = torch.empty(9, 100, dtype=torch.int32)
+    _core.select(scores, 100, out, threads=2)
+    # Of equal scores the later ones are chosen: sort backwards, stably.
+    order = scores.flip(1).sort(dim=1, descending=True, stable=True).indices[:, :100]
+    assert torch.equal(out, (300 - order).sort(dim=1).values.int())
+    for k in (0, -1, 302):
+        with pytest.raises(ConfigError, match=rf"k must be .*, got {k}"):
+            _core.select(scores, k, out)
+    scores[4, 7] = math.nan
+    out.fill_(-7)
+    with pytest.raises(ScoreError, match=r"scores\[4, 7\] is NaN"):
+        _core.select(scores, 100, out)
+    assert (out == -7).all()
+
+
+def test_threads_do_not_change_decisions(monkeypatch):
+    results = []
+    for threads in (1, 2, 5):
+        bound = tensors((8, 4, 4, 600))
+        core = _core.Ledger(_core.Spec("liquid_fusion", 600), *bound, threads=threads)
+        out = torch.empty(8, 4, 4, dtype=torch.int64)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(700):
+            core.begin([1, 1, 0, 1], out)
+            bound[1].add_(torch.rand(600, generator=generator))
+            core.finish()
+        results.append(bound[0])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    monkeypatch.setenv("LIQUIDFUSION_NUM_THREADS", "none")
+    with pytest.raises(ConfigError, match="LIQUIDFUSION_NUM_THREADS must be an integer of at least 1, got none"):
+        _core.Ledger(_core.Spec("h2o", SLOTS), *tensors())
+
+
+def test_the_gil_is_released():
+    probabilities = torch.rand(1, 8, 4, 256, 2048)
+    ages = torch.arange(255, -1, -1, dtype=torch.int32)[None]
+    mass, peak = torch.zeros(1, 8, 2048), torch.zeros(1, 8, 2048)
+    stop, ticks = threading.Event(), [0]
+
+    def tick() -> None:
+        while not stop.is_set():
+            ticks[0] += 1
+            time.sleep(0)
+
+    other = threading.Thread(target=tick)
+    other.start()
+    try:
+        most = 0
+        for _ in range(20):
+            before = ticks[0]
+            _core.accumulate(probabilities, ages, [256], mass, peak, 1.0, 1.0, threads=1)
+            most = max(most, ticks[0] - before)
+    finally:
+        stop.set()
+        other.join()
+    # Holding the GIL, at most a tick at either end would fit between the two readings.
+    assert most > 10
+
+
+def test_two_threads_may_use_one_ledger(ledger):
+    core, *_ = ledger
+    errors = []
+
+    def work() -> None:
+        for _ in range(200):
+            try:
+                core.begin([1, 1, 1], slots_out())
+                core.finish()
+            except CacheError as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    core.reset()
+    assert core.seen == [0, 0, 0]
+
+
+def test_saved_state_goes_on(ledger):
+    core, positions, mass, peak = ledger
+    decode(core, SLOTS + 9, mass)
+    queues = torch.empty(SHAPE, dtype=torch.int32)
+    core.queues(queues)
+    bound = positions.clone(), mass.clone(), peak.clone()
+    other = _core.Ledger(_core.Spec("h2o", SLOTS, eviction_interval=2), *bound)
+    other.restore(queues, core.seen)
+    decode(core, 40, mass)
+    decode(other, 40, bound[1])
+    assert torch.equal(positions, bound[0])
+    assert core.seen == other.seen
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, _: q[0, 0, 0].fill_(0), "slot 0 is queued twice"),
+        (lambda q, _: q[0, 0, 0, :1].fill_(99), "slot 99 is queued, there are 32"),
+        (lambda q, _: q[1, 2, 1, -1:].fill_(3), "behind the end of the queue must be -1, got 3"),
+        (lambda q, _: q[1, 2, 1, 1:].fill_(-1), "layer 1, row 2, head 1"),
+        (lambda _, p: p[0, 1, 0, :1].fill_(1000), "holds position 1000, 41 tokens were seen"),
+        (lambda _, p: p[0, 1, 0, :2].fill_(40), "position 40 is stored twice"),
+    ],
+)
+def test_restore_checks_everything(ledger, change, message):
+    core, positions, mass, _ = ledger
+    decode(core, SLOTS + 9, mass)
+    queues = torch.empty(SHAPE, dtype=torch.int32)
+    core.queues(queues)
+    before = core.queue_lengths()
+    change(queues, positions)
+    with pytest.raises(CacheError, match=message):
+        core.restore(queues, core.seen)
+    assert core.queue_lengths() == before
+
+
+def test_reorder_moves_rows(ledger):
+    core, _, mass, _ = ledger
+    core.begin([1, 0, 1], slots_out())
+    core.finish()
+    decode(core, SLOTS + 5, mass)
+    queues, moved = torch.empty(SHAPE, dtype=torch.int32), torch.empty(SHAPE, dtype=torch.int32)
+    core.queues(queues)
+    seen = core.seen
+    core.reorder([2, 2, 1])
+    core.queues(moved)
+    assert torch.equal(moved, queues[:, [2, 2, 1]])
+    assert core.seen == [seen[2], seen[2], seen[1]]
+    for rows, error in (([0, 1], TensorError), ([0, 1, 3], ConfigError), ([0, 1, -1], ConfigError)):
+        with pytest.raises(error, match="rows must"):
+            core.reorder(rows)
+
+
+def test_peek_feeds_a_ring(ledger):
+    core, *_ = ledger
+    out = torch.empty(LAYERS, BATCH, HEADS, 4, dtype=torch.int32)
+    core.peek(out, [0, 3, SLOTS - 1])
+    assert out[1, :, 1].tolist() == [[0, 1, 2, 3], [3, 4, 5, 6], [31, -1, -1, -1]]
+    with pytest.raises(ConfigError, match="skip must not be negative, got -1"):
+        core.peek(out, [0, -1, 0])
+
+
+def test_only_full_grows(ledger):
+    with pytest.raises(CacheError, match="h2o is bounded by its budget and cannot grow"):
+        ledger[0].grow(*tensors((*SHAPE[:3], 64)))
+    positions = tensors((1, 1, 1, 2))[0]
+    core = _core.Ledger(_core.Spec("full"), positions, None, None)
+    out = torch.zeros(1, 1, 1, dtype=torch.int64)
+    for _ in range(2):
+        core.begin([1], out)
+        core.finish()
+    with pytest.raises(CacheError, match="row 0 needs 3 slots and has 2: grow first"):
+        core.begin([1], out)
+    more = tensors((1, 1, 1, 5))[0]
+    more[..., :2] = positions
+    core.grow(more, None, None)
+    core.begin([1], out)
+    core.finish()
+    assert out.item() == 2
+    assert more.flatten().tolist() == [0, 1, 2, -1, -1]
+    assert core.queue_lengths() == [2]
+
+
+@pytest.mark.parametrize("info", _core.strategies(), ids=lambda info: info["name"])
+def test_every_strategy_describes_itself(info):
+    spec = _core.Spec(info["name"])
+    assert info["summary"]
+    assert list(info["defaults"]) == info["parameters"]
+    assert set(info["parameters"]) == {name for name, value in spec.params.items() if value is not None}
+    assert (spec.budget is None) == (not spec.bounded)
+    for same in (copy.deepcopy(spec), pickle.loads(pickle.dumps(spec)), _core.Spec(info["name"])):
+        assert same.budget == spec.budget
+        assert same.split(20) == spec.split(20)
+        assert hash(same) == hash(spec)
+    assert info["name"] in repr(spec)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"strategy": "lru"}, 'strategy must be one of .*liquid_fusion.*, got "lru"'),
+        ({"strategy": 3}, "strategy must be a string, got 3"),
+        ({"budget": 0}, "budget must be an integer from 1 to 2147483647, got 0"),
+        ({"budget": 10**30}, "budget must be an integer"),
+        ({"budget": 7}, "budget 7 is out of range"),
+        ({"budget": 12.5}, "budget must be an integer, got 12.5"),
+        ({"heavy_ratio": -0.1}, "heavy_ratio must be a number from 0 to 1, got -0.1"),
+        ({"recent_ratio": 0}, "recent_ratio must be a number above 0 and at most 1, got 0"),
+        ({"peak_ratio": "x"}, "peak_ratio must be a number, got 'x'"),
+        ({"sink_update_rate": math.nan}, "sink_update_rate must be a number from 0 to 1, got NaN"),
+        ({"sink_size": -1}, "sink_size must be an integer from 0"),
+        ({"window_size": 0}, "window_size must be an integer from 1"),
+        ({"budget": 84, "eviction_interval": 11}, "eviction_interval must be at most 10 .*, got 11"),
+        ({"sinks": "loose"}, 'sinks must be "pinned" or "adaptive", got "loose"'),
+        ({"value_weighted": 2}, "value_weighted must be True or False, got 2"),
+    ],
+)
+def test_bad_parameters_are_named(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        _core.Spec(**({"strategy": "liquid_fusion"} | arguments))
+
+
+def test_budget_from_percent():
+    assert _core.budget_from_percent(20, 1001, 4) == 201
+    assert _core.budget_from_percent(1, 10, 4) == 8
+    for percent in (0, 101, math.nan):
+        with pytest.raises(ConfigError, match="cache size must be above 0 and at most 100 percent"):
+            _core.budget_from_percent(percent, 10, 4)
+    with pytest.raises(ConfigError, match="prompt_tokens must be an integer from 1"):
+        _core.budget_from_percent(5, 0, 4)
