@@ -178,6 +178,10 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in capsys.readouterr().out for name in STRATEGIES[:1])
     assert main(["tasks"]) == 0
     assert "perplexity" in capsys.readouterr().out
+    assert main(["tasks", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["task"] == "generate"
+    assert main(["strategies", "--json"]) == 0
+    assert [entry["name"] for entry in json.loads(capsys.readouterr().out)] == STRATEGIES
 
 
 def test_version_tells_the_build(capsys: pytest.CaptureFixture[str]) -> None:
