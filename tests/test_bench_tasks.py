@@ -127,6 +127,11 @@ def test_retrieval_scores_exact_matches() -> None:
 def test_recall_asks_for_a_pair_of_its_list() -> None:
     records = recall(loaded().model, loaded().tokenizer, ROOMY["h2o"], limit=3, context=(300,))
     assert [item["request"]["depth"] for item in records] == pytest.approx([1 / 6, 1 / 2, 5 / 6])
+    for item in records:
+        prompt, answer = item["request"]["prompt"], item["request"]["answer"]
+        asked = prompt.rpartition("\n")[2]
+        assert asked.endswith(" is ")
+        assert f"{asked}{answer}.\n" in prompt
     with pytest.raises(ConfigError, match="too short"):
         recall(loaded().model, loaded().tokenizer, context=(64,))
 

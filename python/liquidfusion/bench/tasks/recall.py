@@ -12,6 +12,13 @@ from liquidfusion.bench.tasks.retrieval import Trial, ask, metrics
 from liquidfusion.bench.tasks.task import Progress, Record, Task
 from liquidfusion.exceptions import ConfigError
 
+_WORDS = (
+    "apple river stone cloud tiger piano bread candle garden window bottle anchor mirror ladder pencil rocket basket "
+    "feather hammer island"
+)
+_LONGEST_QUESTION = 40
+"""Tokens kept free for the question and its answer."""
+
 
 def recall(
     model: PreTrainedModel,
@@ -19,7 +26,7 @@ def recall(
     cache: CacheMaker = CacheOptions(),  # noqa: B008 - frozen
     *,
     limit: int = 32,
-    context: Sequence[int] = (512,),
+    context: Sequence[int] = (256,),
     chunk: int | None = 64,
     batch_size: int = 8,
     seed: int = 0,
@@ -52,26 +59,25 @@ def recall(
 
 
 def _trial(tokenizer: Any, length: int, depth: float, rng: random.Random) -> Trial:
-    begin = decoding.prefix(tokenizer) + decoding.encode(tokenizer, "The code of each room:\n")
-    room = length - len(begin) - len(_question(tokenizer, "1000")) - len(decoding.encode(tokenizer, "1000"))
-    pair = len(decoding.encode(tokenizer, _line("1000", "1000")))
-    if room < 2 * pair:
+    words = _WORDS.split()
+    names = [f"{one} {other}" for one in words for other in words if one != other]
+    rng.shuffle(names)
+    context = decoding.prefix(tokenizer) + decoding.encode(tokenizer, "The codes:\n")
+    codes: dict[str, str] = {}
+    room = length - len(context) - _LONGEST_QUESTION
+    for name in names:
+        code = str(rng.randrange(1000, 10000))
+        line = decoding.encode(tokenizer, f"The code of {name} is {code}.\n")
+        if len(line) > room:
+            break
+        room -= len(line)
+        context += line
+        codes[name] = code
+    if len(codes) < 2:
         raise ConfigError(f"context {length} is too short for two pairs of key and value")
-    numbers = [str(number) for number in rng.sample(range(1000, 10000), 2 * (room // pair))]
-    keys, values = numbers[::2], numbers[1::2]
-    context = list(begin)
-    for key, value in zip(keys, values, strict=True):
-        context += decoding.encode(tokenizer, _line(key, value))
-    asked = int(depth * len(keys))
-    return Trial(context, _question(tokenizer, keys[asked]), values[asked], length, depth)
-
-
-def _line(key: str, value: str) -> str:
-    return f"Room {key} has code {value}.\n"
-
-
-def _question(tokenizer: Any, key: str) -> list[int]:
-    return decoding.encode(tokenizer, f"\nWhich code has room {key}?\nRoom {key} has code ")
+    asked = list(codes)[int(depth * len(codes))]
+    question = decoding.encode(tokenizer, f"\nThe code of {asked} is ")
+    return Trial(context, question, codes[asked], length, depth)
 
 
 TASK = Task(

@@ -48,7 +48,7 @@ def ask(
     batch_size: int,
     progress: Progress | None,
 ) -> list[Record]:
-    """Run the trials, those of equal length together, and return a record of each.
+    """Run the trials, those of equal length together, and return a record of each, in their order.
 
     Parameters
     ----------
@@ -60,15 +60,17 @@ def ask(
     list of Record
         ``scores``: ``recall``, 1 for an exact match and 0 otherwise.
     """
-    records: list[Record] = []
-    shapes = sorted({(len(trial.context), len(trial.question)) for trial in trials})
-    for shape in shapes:
-        alike = [trial for trial in trials if (len(trial.context), len(trial.question)) == shape]
+    records: dict[int, Record] = {}
+    shapes = [(len(trial.context), len(trial.question)) for trial in trials]
+    for shape in sorted(set(shapes)):
+        alike = [index for index, other in enumerate(shapes) if other == shape]
         for at in range(0, len(alike), batch_size):
-            records.extend(_batch(model, tokenizer, cache, alike[at : at + batch_size], chunk))
+            batch = alike[at : at + batch_size]
+            answers = _batch(model, tokenizer, cache, [trials[index] for index in batch], chunk)
+            records |= zip(batch, answers, strict=True)
             if progress is not None:
                 progress(len(records), len(trials))
-    return records
+    return [records[index] for index in range(len(trials))]
 
 
 def _batch(
