@@ -62,7 +62,7 @@ fn decision(criterion: &mut Criterion) {
             step(&mut ledger, false);
             let before = ledger;
             group.throughput(Throughput::Elements(n as u64));
-            let name = format!("{} of {slots}, {heads} heads", interval);
+            let name = format!("{interval} of {slots}, {heads} heads");
             group.bench_function(BenchmarkId::new(strategy.name(), name), |bencher| {
                 bencher.iter_batched_ref(
                     || before.clone(),
