@@ -53,8 +53,6 @@ def test_reset_and_a_second_prompt_start_over(monkeypatch):
     monkeypatch.setattr(cache_module, "kernels_usable", lambda device: True)  # noqa: ARG005
     first, kept, cache = run(model, ids, mask)
     cache.reset()
-    again = model.generate(
-        ids, attention_mask=mask, max_new_tokens=8, do_sample=False, **{cache_keyword(model): cache}
-    )
+    again = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, **{cache_keyword(model): cache})
     assert torch.equal(again, first)
     assert torch.equal(torch.stack([cache.positions(i).sort(-1).values for i in range(len(cache))]), kept)
