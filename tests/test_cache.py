@@ -253,6 +253,31 @@ def test_beams_stay_within_the_budget(strategy: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_reordered_row_goes_on_as_its_source(strategy: str) -> None:
+    """Slots, scores, counters and queue of row 1 replace those of row 0, which then does what row 1 does."""
+    model = tiny("llama")
+    ids, mask = padded((40, 33), seed=4)
+    kv = lf.KVCache(model, strategy, BUDGET, eviction_interval=2)
+    calls = prompt_then_greedy(model, kv, ids, mask, (30, 10), 5)
+    for logits, _ in calls:  # noqa: B007 - the last are used below
+        pass
+    kv.reorder_cache(torch.tensor([1, 1]))
+    mask = torch.nn.functional.pad(mask[[1, 1]], (0, 5), value=1)
+    for step in range(24):
+        token = logits[1].argmax().expand(2, 1)
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        with torch.no_grad():
+            logits = model(
+                input_ids=token, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
+                **{cache_keyword(model): kv},
+            ).logits[:, -1]  # fmt: skip
+        torch.testing.assert_close(logits[0], logits[1])
+        for layer in layers(model):
+            held = kv.positions(layer)
+            assert held[0].tolist() == held[1].tolist(), f"layer {layer}, step {step}"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_bytes_are_what_the_formula_gives(strategy: str) -> None:
     """Slots x (2 x head size x element + 4 for the position + 8 for the scores), and the queues."""
     model = tiny("qwen3")
