@@ -28,9 +28,9 @@ OUTPUT: dict[str, Any] = {"rich_help_panel": "Output"}
 
 
 def _strategy_names() -> list[str]:
-    from liquidfusion.bench.caches import strategy_names
+    from liquidfusion import _core
 
-    return strategy_names()
+    return [entry["name"] for entry in _core.strategies()]
 
 
 def _task_names() -> list[str]:

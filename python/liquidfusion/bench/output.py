@@ -1,18 +1,21 @@
 """What a person sees: progress on standard error, results on standard output."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from liquidfusion.bench.planning import Plan
-from liquidfusion.bench.showing import Kept, terminal
-from liquidfusion.bench.tasks.task import Progress as Report
+if TYPE_CHECKING:  # they import torch, and a list of strategies must not wait for it
+    from liquidfusion.bench.planning import Plan
+    from liquidfusion.bench.showing import Kept
+    from liquidfusion.bench.tasks.task import Progress as Report
 
 
 def number(value: float | None, unit: str = "") -> str:
@@ -66,6 +69,8 @@ def show_plan(plan: Plan, title: str, strategy: str) -> None:
 
 def show_kept(kept: Kept, layer: int | None, head: int | None, strategy: str, page: Path | None) -> None:
     """Print a text with what was kept of it, and where the page is."""
+    from liquidfusion.bench.showing import terminal
+
     console = Console()
     console.print(terminal(kept, layer, head))
     share = kept.share(layer, head)
