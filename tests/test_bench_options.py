@@ -80,14 +80,19 @@ def test_every_command_speaks_json(command: str) -> None:
 
 def test_options_reach_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[dict[str, Any]] = []
-    monkeypatch.setattr(caches.lf, "KVCache", lambda model, *args, **kwargs: made.append(kwargs))
+    monkeypatch.setattr(caches.lf, "KVCache", lambda *_, **given: made.append(given))
     CacheOptions(positions="cache", graph=False, threads=1, look_gap=2, budget=64).make(None, 9)  # type: ignore[arg-type]
     CacheOptions(positions="absolute", budget=64).make(None, 9)  # type: ignore[arg-type]
-    assert made[0] == {
+    first, second = made
+    assert first == {
         "prompt_tokens": 9,
-        **{"positions": "cache", "graph": False, "threads": 1, "look_gap": 2, "budget": 64},
+        "positions": "cache",
+        "graph": False,
+        "threads": 1,
+        "look_gap": 2,
+        "budget": 64,
     }
-    assert made[1] == {"prompt_tokens": 9, "budget": 64}
+    assert second == {"prompt_tokens": 9, "budget": 64}
     for bad in ({"positions": "relative"}, {"threads": 0}, {"look_gap": -1}):
         with pytest.raises(ConfigError, match=next(iter(bad))):
             CacheOptions(**bad).spec()  # type: ignore[arg-type]

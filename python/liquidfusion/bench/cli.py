@@ -361,17 +361,43 @@ def stream(
     path = output_dir / f"{results.file_stem(cache.strategy, loaded.name, size)}_stream_{results.stamp()}.json"
     rows, start, document = [], time.perf_counter(), {}
     ids = streaming.read_tokens(loaded.tokenizer, text)
-    with StreamView(tokens, quiet=quiet or as_json) as view:
-        for row in streaming.stream(loaded, ids, cache, tokens=tokens, chunk=chunk, window=window):
-            rows.append(row)
-            seconds = time.perf_counter() - start
-            document = streaming.document(loaded, cache, rows, seconds=seconds, tokens=tokens, chunk=chunk)
-            results.write_atomic(path, results.to_json(document))  # whatever ends the stream, what was measured stays
-            view.show(row)
-    if as_json:
-        typer.echo(results.to_json(document), nl=False)
-    else:
-        typer.echo(path)
+    try:
+        with StreamView(tokens, quiet=quiet or as_json) as view:
+            for row in streaming.stream(loaded, ids, cache, tokens=tokens, chunk=chunk, window=window):
+                rows.append(row)
+                seconds = time.perf_counter() - start
+                document = streaming.document(loaded, cache, rows, seconds=seconds, tokens=tokens, chunk=chunk)
+                results.write_atomic(path, results.to_json(document))
+                view.show(row)
+    finally:  # interrupted or failed: what was measured is kept
+        if as_json and rows:
+            typer.echo(results.to_json(document), nl=False)
+        elif rows:
+            typer.echo(path)
+
+
+@app.command()
+@takes_cache(without=("cache_size",))
+def chat(
+    model: ModelOption = "smollm2",
+    *,
+    cache: "CacheOptions",
+    system: Annotated[str | None, typer.Option(help="What the model is told before the first turn.", **INPUT)] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.", **INPUT)] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.", **INPUT)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seeds what is drawn.", **INPUT)] = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print each turn as one line of JSON.", **OUTPUT)] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the answers.", **OUTPUT)] = False,
+) -> None:
+    """Chat without end in constant memory: each turn feeds only what is new. /reset, /stats, /quit."""
+    from liquidfusion.bench import chatting, models, output
+
+    with output.Terminal(quiet=quiet or as_json).waiting(f"loading {model}"):
+        loaded = models.load(model, device=device, dtype=dtype)
+    talk = chatting.Chat(loaded, cache, system=system, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    chatting.converse(talk, as_json=as_json, quiet=quiet)
 
 
 @app.command()

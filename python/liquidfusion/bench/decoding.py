@@ -213,7 +213,7 @@ def generate(
     logits = stream.feed_chunks(ids, mask, chunk=chunk)[:, -1]
     for _ in range(max_tokens):
         logprobs = logits.float().log_softmax(-1)
-        chosen = _choose(logprobs, temperature, generator)
+        chosen = choose(logprobs, temperature, generator)
         record = _record(logprobs, chosen, top)
         clocks.append(time.perf_counter())
         for index in sorted(open_rows):
@@ -237,7 +237,7 @@ def _pad_token(tokenizer: Any, ends: set[int]) -> int:
     return pad if isinstance(pad, int) else min(ends, default=0)
 
 
-def _choose(logprobs: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+def choose(logprobs: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
     """Return the next token of each row, int64 ``[batch]``."""
     if temperature == 0:
         return logprobs.argmax(-1)
