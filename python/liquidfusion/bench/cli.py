@@ -444,9 +444,11 @@ def show(
 
 
 @app.command()
-@takes_cache(without=("positions", "threads", "graph", "compile", "overlap"), budget=2048)
+@takes_cache(without=("positions", "threads", "graph", "overlap"), budget=2048)
 def plan(
-    model: ModelOption = "smollm2",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="smollm2, llama-3.1-8b, qwen3-8b, a local directory or a hub id.")
+    ] = "smollm2",
     *,
     cache: "CacheOptions",
     gpu: Annotated[
@@ -462,9 +464,9 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
     dtype: Annotated[str, typer.Option(help="Of weights and cache: float32, bfloat16 or float16.")] = "bfloat16",
     reserve: Annotated[float, typer.Option(help="Share of the memory held back.")] = 0.1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: ListJsonOption = False,
 ) -> None:
-    """Tell what fits into a GPU, and how much faster it can be, from a model's configuration alone."""
+    """Tell what fits into a GPU, and how fast it can be, from a model's configuration alone."""
     import torch
 
     from liquidfusion.bench import models, output, planning, results

@@ -53,13 +53,18 @@ def show_plan(plan: Plan, title: str, strategy: str) -> None:
             ("fits", fits[plan.full_fits], fits[plan.bounded_fits]),
             ("largest batch", str(plan.full_largest_batch), str(plan.bounded_largest_batch)),
             (
-                "least time per token",
+                "least time per step",
+                number(1000 * plan.full_least_seconds, "ms"),
+                number(1000 * plan.bounded_least_seconds, "ms"),
+            ),
+            (
+                "time to expect",
                 number(1000 * plan.full_step_seconds, "ms"),
                 number(1000 * plan.bounded_step_seconds, "ms"),
             ),
-            ("speed-up", "1", f"{plan.speedup:.2f}"),
+            ("speed-up to expect", "1", f"{plan.speedup:.2f}"),
             (
-                "most tokens/s at the largest batch",
+                "tokens/s at the largest batch",
                 number(round(plan.full_tokens_per_second)),
                 number(round(plan.bounded_tokens_per_second)),
             ),
