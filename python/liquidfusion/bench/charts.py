@@ -106,6 +106,31 @@ class Chart:
         return re.sub(r"var\(--(\w+)\)", lambda match: COLOURS[match[1]][0], _draw(self))
 
 
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of a report: charts, and a table with the same figures.
+
+    Attributes
+    ----------
+    title, subject
+        What was measured, and of which model.
+    summary
+        A sentence, or nothing.
+    charts
+        File stem → chart.
+    caption, header, body
+        The table: what its figures are, its first line, its lines.
+    """
+
+    title: str
+    subject: str
+    summary: str
+    charts: dict[str, Chart]
+    caption: str
+    header: list[str]
+    body: list[list[str]]
+
+
 def _draw(chart: Chart) -> str:
     values = [point for line in chart.series for point in line.points]
     heights = [v for point in values for v in (point.y, point.low, point.high) if v is not None]

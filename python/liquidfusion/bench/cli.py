@@ -506,32 +506,53 @@ def speed(
     dtype: DtypeOption = "auto",
     output_dir: OutputOption = Path("benchmark_results"),
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Time decode and prefill beside transformers' own caches, on one model in one run."""
-    from liquidfusion.bench import models, output, results
-    from liquidfusion.bench.speed import PARTS, Bench, Plan, Results, build
+    from dataclasses import asdict
 
-    chosen = tuple(parts.split(",")) if parts else PARTS
-    if unknown := [part for part in chosen if part not in PARTS]:
-        raise ConfigError(f"parts has {unknown}; {', '.join(PARTS)} are accepted")
+    from liquidfusion.bench import inputs, machine, models, output, results
+    from liquidfusion.bench.speed import PARTS, Bench, Plan, Results, build, shape_config
+
+    chosen = tuple(inputs.words(parts or "")) or PARTS
+    for part in chosen:
+        if part not in PARTS:
+            raise ConfigError(f"--parts {part!r} is unknown; accepted: {', '.join(PARTS)}")
     plan = Plan(
         budget, _lengths("contexts", contexts), _lengths("prefill", prefill), batch, chunk, steps, chosen, static
     )
     where = models.resolve_device(device)
-    model = build(shape, where, models.resolve_dtype(dtype, where))
+    kind = models.resolve_dtype(dtype, where)
+    shape_config(shape)
     results.check_writable(output_dir)
-    path = output_dir / f"speed_{shape}_{results.now():%Y%m%d-%H%M%S}.json"
+    model = build(shape, where, kind)
+    path = output_dir / f"speed_{shape}_{results.stamp()}.json"
     found = Results()
+    metadata = {
+        "model_name": shape,
+        **asdict(plan),
+        "dtype": str(kind).removeprefix("torch."),
+        "versions": machine.versions(),
+        "machine": machine.describe(where),
+    }
+
+    def save() -> str:
+        text = results.to_json({"metadata": metadata, "figures": found.figures, "failures": found.failures})
+        results.write_atomic(path, text)
+        return text
 
     def keep(line: str) -> None:
-        if not as_json:
+        if not as_json and not quiet:
             typer.echo(line)
-        results.write_atomic(path, results.to_json({"figures": found.figures, "failures": found.failures}))
+        save()
 
     found.report = keep
     Bench(model, plan, found).run()
+    text = save()
     if as_json:
-        typer.echo(path.read_text(encoding="utf-8"), nl=False)
+        typer.echo(text, nl=False)
+    elif quiet:
+        typer.echo(path)
     else:
         output.table(["figure", "value"], [[name, f"{value:.5g}"] for name, value in found.figures.items()])
         typer.echo(str(path))

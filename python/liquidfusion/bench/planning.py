@@ -116,8 +116,8 @@ def plan(
 
     The least times are floors: weights and cache read once at full bandwidth. The times to expect use the shares of it
     that were measured, with 8 billion weights on an H100: a smaller model is held up by the number of its kernels
-    instead. Where query heads share a key head, transformers copies the cache for each of them at every step: a full
-    cache costs a read, and for each query head a write and a read.
+    instead. Where query heads share a key head, a compiled step of transformers copies the cache for each of them: a
+    full cache costs a read, and for each query head a write and a read.
 
     Activations and the transient keys of a prompt in one piece must fit into the reserve.
 
