@@ -220,7 +220,7 @@ def _speed(stem: str, model: str, rows: Sequence[Row]) -> dict[str, Chart]:
             )
             for row in best.values()
         ]
-        title = f"latency of a token after {short(largest)}, {model}"
+        title = f"latency of a token after {short(largest)} tokens, {model}"
         found[f"{stem}-latency"] = Chart(
             title, "percentile", "ms per token", lines, log=False, zero=True, categories=names
         )
@@ -283,8 +283,8 @@ body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--paper)
   font: 16px/1.5 system-ui, sans-serif }
 h1 { font-size: 1.6rem; margin: .5rem 0 } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem }
 p { max-width: 46rem; margin: .3rem 0 } .soft { color: var(--soft) }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%%, 26rem), 1fr)); gap: 1rem }
-figure { margin: 0; border: 1px solid var(--grid); border-radius: .5rem; padding: .5rem; max-width: 44rem }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%%, 22rem), 1fr)); gap: 1rem }
+figure { margin: 0; border: 1px solid var(--grid); border-radius: .5rem; padding: .3rem }
 svg { display: block; width: 100%%; height: auto }
 .scroll { overflow-x: auto } table { border-collapse: collapse; margin: .5rem 0; font-size: .9rem }
 caption { text-align: left; color: var(--soft) }
