@@ -194,3 +194,33 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     for name in ("cache-size", "budget", "window-size", "sink-update-rate", "eviction-interval", "prompt-file"):
         assert re.search(f"--{name}", shown)
+
+
+SPEED = ["speed", "--shape", "custom", "--device", "cpu", "--budget", "16", "--contexts", "32", "--prefill", "32"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--parts", "decode,x"], "--parts 'x' is unknown; accepted: decode"),
+        (["--shape", "gpt-9"], "llama-3.1-8b"),
+        (["--contexts", "1,a"], "contexts"),
+        (["--contexts", "0"], "at least 1"),
+        (["--contexts", ""], "contexts"),
+    ],
+)
+def test_speed_errors(arguments: Sequence[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SPEED, *arguments, "--output-dir", str(tmp_path / "out")]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.count("\n") == 1
+    assert words in shown.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_speed_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # a part that needs a GPU says nothing on a CPU
+    for parts in ("prefill", "memory"):
+        out = tmp_path / parts
+        assert main([*SPEED, "--parts", parts, "--output-dir", str(out), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == only(out)

@@ -46,12 +46,43 @@ def test_arithmetic() -> None:
     assert found.bounded_fits
     assert found.full_largest_batch == (2e6 - found.weight_bytes) // found.full_cache_bytes
     assert found.speedup == pytest.approx(found.full_step_seconds / found.bounded_step_seconds)
+    assert found.bounded_least_seconds < found.bounded_step_seconds
+    assert found.full_least_seconds < found.full_step_seconds
     assert found.speedup > 1
     tiny = planning.plan(config, CacheOptions(budget=64), **{**options, "memory": 1000.0})
     assert not tiny.bounded_fits
     assert tiny.bounded_largest_batch == tiny.bounded_tokens_per_second == 0
     with pytest.raises(ConfigError, match="reserve"):
         planning.plan(config, CacheOptions(), **{**options, "reserve": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("context", "batch", "compiled", "full_ms", "bounded_ms"),
+    [
+        (131072, 1, True, 74.7, 6.51),
+        (131072, 1, False, 74.7, 7.88),
+        # an earlier run of the kernels' prototype
+        (32768, 1, False, 22.8, None),
+        (2048, 1, False, 9.1, None),
+        (2048, 64, False, None, 16.0),
+    ],
+)
+def test_times_to_expect_are_those_measured(
+    context: int, batch: int, compiled: bool, full_ms: float | None, bounded_ms: float | None
+) -> None:
+    """docs/performance.md: Llama-3.1-8B's shape on one H100."""
+    memory, bandwidth = planning.gpu("h100")
+    found = planning.plan(
+        planning.read_config("llama-3.1-8b"),
+        CacheOptions(budget=2048, compile=compiled),
+        memory=memory,
+        bandwidth=bandwidth,
+        context=context,
+        batch=batch,
+    )
+    for expected, measured in ((found.full_step_seconds, full_ms), (found.bounded_step_seconds, bounded_ms)):
+        if measured is not None:
+            assert 1000 * expected == pytest.approx(measured, rel=0.1)
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,10 @@
 """LiquidFusion: a KV cache with a hard memory bound for Hugging Face language models."""
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING
 
 from liquidfusion._core import strategies
-from liquidfusion.cache import KVCache
 from liquidfusion.exceptions import (
     CacheError,
     ConfigError,
@@ -12,8 +13,6 @@ from liquidfusion.exceptions import (
     TensorError,
     UnsupportedError,
 )
-from liquidfusion.install import uninstall
-from liquidfusion.use import use
 
 __version__ = _version("liquidfusion")
 
@@ -30,3 +29,22 @@ __all__ = [
     "uninstall",
     "use",
 ]
+
+if TYPE_CHECKING:
+    from liquidfusion.cache import KVCache
+    from liquidfusion.fresh import use
+    from liquidfusion.install import uninstall
+else:
+    # torch and transformers take seconds to import: the command line's --help must not wait for them.
+    _LAZY = {"KVCache": "cache", "uninstall": "install", "use": "fresh"}
+
+    def __getattr__(name):
+        """Import what needs torch when it is first asked for."""
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(_import_module(f"{__name__}.{_LAZY[name]}"), name)
+        return value
+
+    def __dir__():
+        """Names of the module, those not imported yet included."""
+        return sorted(globals().keys() | _LAZY)

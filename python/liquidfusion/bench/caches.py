@@ -17,6 +17,13 @@ def strategy_names() -> list[str]:
     return [str(entry["name"]) for entry in _core.strategies()]
 
 
+POSITIONS = ("absolute", "cache", "auto")
+"""What a token's position counts: the text, the tokens kept, or the first until the model's limit."""
+
+HOW = ("positions", "threads", "graph", "compile", "overlap")
+"""Options that say how a cache works and not which tokens it keeps."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheOptions:
     """Which cache a run uses. None leaves a parameter to the strategy's own default.
@@ -31,6 +38,8 @@ class CacheOptions:
         Tokens kept for each layer, row and kv head; excludes `cache_size`.
     window_size, sink_size, sink_update_rate, heavy_ratio, recent_ratio, peak_ratio, eviction_interval, sinks
         As :class:`liquidfusion.KVCache` takes them.
+    value_weighted, look_gap, averaged, positions, threads, graph, compile, overlap
+        Likewise.
     """
 
     strategy: str = "liquid_fusion"
@@ -44,11 +53,20 @@ class CacheOptions:
     peak_ratio: float | None = None
     eviction_interval: int | None = None
     sinks: str | None = None
+    value_weighted: bool | None = None
+    look_gap: int | None = None
+    averaged: bool | None = None
+    positions: str | None = None
+    threads: int | None = None
+    graph: bool | None = None
+    compile: bool | None = None
+    overlap: bool | None = None
 
     def given(self) -> dict[str, Any]:
-        """Return what is not left to the strategy, the strategy excluded."""
+        """Return what is not left to the strategy or to `KVCache`, the strategy excluded."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "strategy"}
-        return {name: value for name, value in values.items() if value is not None}
+        defaults = {None, POSITIONS[0]}
+        return {name: value for name, value in values.items() if value not in defaults}
 
     def spec(self, prompt_tokens: int = 1) -> _core.Spec:
         """Return the resolved parameters for a prompt of `prompt_tokens` tokens.
@@ -60,12 +78,20 @@ class CacheOptions:
         """
         if self.strategy not in strategy_names():
             raise ConfigError(f"strategy {self.strategy!r} is unknown; accepted: {', '.join(strategy_names())}")
-        given = self.given()
+        if self.positions not in (None, *POSITIONS):
+            raise ConfigError(f"positions {self.positions!r} is unknown; accepted: {', '.join(POSITIONS)}")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads {self.threads} is not at least 1")
+        given = {name: value for name, value in self.given().items() if name not in HOW}
         return make_spec(self.strategy, given.pop("budget", None), prompt_tokens=prompt_tokens, **given)
 
     def make(self, model: PreTrainedModel, prompt_tokens: int) -> lf.KVCache:
         """Return a fresh cache for prompts of `prompt_tokens` tokens."""
         return lf.KVCache(model, self.strategy, prompt_tokens=prompt_tokens, **self.given())
+
+
+PARAMETERS = tuple(f.name for f in fields(CacheOptions) if f.name not in ("strategy", "cache_size", "budget", *HOW))
+"""Names of the parameters of the strategies."""
 
 
 @dataclass(frozen=True, slots=True)

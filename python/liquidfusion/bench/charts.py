@@ -27,8 +27,10 @@ COLOURS = {
 _MARKERS = "osd^vx+OS"
 _DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4", "10 4", "4 2", "12 3 3 3", "3 6")
 _LOOKS = len(_MARKERS)
-_WIDTH, _HEIGHT = 460.0, 330.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62.0, 14.0, 34.0, 46.0
+_WIDTH, _HEIGHT = 400.0, 310.0  # about a phone's width, so that letters keep their size there
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 14.0, 34.0, 46.0
+_EDGE, _LETTER = 12.0, 0.56
+"""Where titles and legends begin, and the width of a letter by its size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +108,39 @@ class Chart:
         return re.sub(r"var\(--(\w+)\)", lambda match: COLOURS[match[1]][0], _draw(self))
 
 
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of a report: charts, and a table with the same figures.
+
+    Attributes
+    ----------
+    title, subject
+        What was measured, and of which model.
+    summary
+        A sentence, or nothing.
+    charts
+        File stem → chart.
+    caption, header, body
+        The table: what its figures are, its first line, its lines.
+    """
+
+    title: str
+    subject: str
+    summary: str
+    charts: dict[str, Chart]
+    caption: str
+    header: list[str]
+    body: list[list[str]]
+
+
 def _draw(chart: Chart) -> str:
     values = [point for line in chart.series for point in line.points]
     heights = [v for point in values for v in (point.y, point.low, point.high) if v is not None]
     if chart.reference is not None:
         heights += [v for v in (chart.reference[1].y, chart.reference[1].low, chart.reference[1].high) if v is not None]
     legend = [line.name for line in chart.series] + ([chart.reference[0]] if chart.reference else [])
-    columns = 2 if max(map(len, legend), default=0) > 16 else 3
+    widest = 38 + 12 * _LETTER * max(map(len, legend), default=0)
+    columns = max(1, min(3, int((_WIDTH - _EDGE) / widest)))
     height = _HEIGHT + 18 * -(-len(legend) // columns)
     bottom = _HEIGHT - _BOTTOM
     xs = sorted({point.x for point in values})
@@ -123,7 +151,7 @@ def _draw(chart: Chart) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH:g} {height:g}" role="img" '
         f'aria-label="{escape(_describe(chart))}" font-family="system-ui, sans-serif" font-size="12">',
         f'<rect width="{_WIDTH:g}" height="{height:g}" fill="var(--paper)"/>',
-        _text(_LEFT, 18, chart.title, weight="600", size=14),
+        _text(_EDGE, 18, chart.title, weight="600", size=min(14, int((_WIDTH - 2 * _EDGE) / 0.6 / len(chart.title)))),
     ]
     for tick in y_ticks:
         y = y_at(tick)
@@ -140,7 +168,7 @@ def _draw(chart: Chart) -> str:
         parts.append(_reference(chart.reference, y_at))
     parts += [_line(line, x_at, y_at) for line in chart.series]
     for index, name in enumerate(legend):
-        x = _LEFT + (index % columns) * (_WIDTH - _LEFT) / columns
+        x = _EDGE + (index % columns) * (_WIDTH - _EDGE) / columns
         y = _HEIGHT + 10 + 18 * (index // columns)
         parts.append(_key(chart.series[index] if index < len(chart.series) else None, x, y))
         parts.append(_text(x + 32, y + 4, name))
@@ -148,14 +176,14 @@ def _draw(chart: Chart) -> str:
 
 
 def _x_labels(chart: Chart, xs: list[float], x_at: "_Scale") -> list[tuple[float, str]]:
-    """Return labels at the measured points, leaving out those that would overlap."""
+    """Return labels at the measured points, leaving out those that would overlap; the last one always stays."""
     if chart.categories:
         return [(x_at(x), chart.categories[int(x)]) for x in xs]
     placed: list[tuple[float, str]] = []
-    for x in xs:
-        if not placed or x_at(x) - placed[-1][0] > 8 * len(short(x)) + 6:
+    for x in reversed(xs):
+        if not placed or placed[-1][0] - x_at(x) > 8 * len(short(x)) + 6:
             placed.append((x_at(x), short(x)))
-    return placed
+    return placed[::-1]
 
 
 class _Scale:
@@ -189,7 +217,9 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def short(value: float) -> str:
-    """Return a number for an axis: 1.5k, 20, 0.25."""
+    """Return a number for an axis: 15k, 32Ki, 20, 0.25."""
+    if value >= 8192 and value % 1024 == 0:
+        return f"{value / 1024:g}Ki" if value < 2**20 else f"{value / 2**20:.4g}Mi"
     for limit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= limit:
             return f"{value / (1e3 if letter == 'k' else limit):.4g}{letter}"

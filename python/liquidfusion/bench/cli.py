@@ -7,11 +7,27 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from liquidfusion.bench.options import (
+    CACHE,
+    INPUT,
+    OUTPUT,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ListJsonOption,
+    ModelOption,
+    OutputOption,
+    QuietOption,
+    takes_cache,
+)
 from liquidfusion.exceptions import ConfigError, LiquidFusionError
+
+if TYPE_CHECKING:
+    from liquidfusion.bench.caches import CacheOptions
 
 app = typer.Typer(
     help="Measure what a bounded KV cache keeps of a language model, and what it saves.",
@@ -22,36 +38,12 @@ app = typer.Typer(
 )
 
 _INTERRUPTED = "interrupted; finished results are kept"
-CACHE: dict[str, Any] = {"rich_help_panel": "Cache"}
-INPUT: dict[str, Any] = {"rich_help_panel": "Task and input"}
-OUTPUT: dict[str, Any] = {"rich_help_panel": "Output"}
-
-
-def _strategy_names() -> list[str]:
-    from liquidfusion.bench.caches import strategy_names
-
-    return strategy_names()
 
 
 def _task_names() -> list[str]:
     from liquidfusion.bench.tasks import TASKS
 
     return list(TASKS)
-
-
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="smollm2 (embedded), a local directory or a hub id.", show_default=True)
-]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, … or mps.")]
-DtypeOption = Annotated[str, typer.Option(help="auto (float32 on CPU), float32, bfloat16 or float16.")]
-OutputOption = Annotated[Path, typer.Option("--output-dir", "-o", help="Where results go.", **OUTPUT)]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.", **OUTPUT)]
-ListJsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the path of the result.", **OUTPUT)]
-
-
-def _cache(text: str, default: str) -> dict[str, Any]:
-    return {"help": text, "show_default": default, **CACHE}
 
 
 @app.callback(invoke_without_command=True)
@@ -67,21 +59,11 @@ def root(
 
 
 @app.command()
+@takes_cache()
 def run(
     model: ModelOption = "smollm2",
-    strategy: Annotated[
-        str,
-        typer.Option(
-            "--strategy", "-s", help="What to keep: see `strategies`.", autocompletion=_strategy_names, **CACHE
-        ),
-    ] = "liquid_fusion",
-    cache_size: Annotated[
-        float | None,
-        typer.Option(
-            "--cache-size", "-c", min=1, max=100, **_cache("Cache size in percent of the prompt.", "by --window-size")
-        ),
-    ] = None,
-    budget: Annotated[int | None, typer.Option(**_cache("Cache size in tokens.", "by --window-size"))] = None,
+    *,
+    cache: "CacheOptions",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     max_tokens: Annotated[
@@ -91,22 +73,6 @@ def run(
     temperature: Annotated[
         float | None, typer.Option(min=0, help="0 takes the likeliest token.", show_default="0", **INPUT)
     ] = None,
-    window_size: Annotated[
-        int | None, typer.Option(**_cache("Recent tokens kept when no size is given.", "256"))
-    ] = None,
-    sink_size: Annotated[int | None, typer.Option(**_cache("First tokens that always stay.", "4"))] = None,
-    sink_update_rate: Annotated[
-        float | None, typer.Option(**_cache("How fast gathered attention fades; 0: never.", "0.3"))
-    ] = None,
-    heavy_ratio: Annotated[float | None, typer.Option(**_cache("Share of heavy hitters.", "0.75"))] = None,
-    recent_ratio: Annotated[float | None, typer.Option(**_cache("Share of recent tokens.", "0.25"))] = None,
-    peak_ratio: Annotated[
-        float | None, typer.Option(**_cache("Share of the heavy hitters chosen by peak attention.", "0.6"))
-    ] = None,
-    eviction_interval: Annotated[
-        int | None, typer.Option(**_cache("Tokens between two decisions.", "budget / 32"))
-    ] = None,
-    sinks: Annotated[str | None, typer.Option(**_cache("pinned or adaptive.", "pinned"))] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to continue.", **INPUT)] = None,
     prompt_file: Annotated[
         Path | None,
@@ -158,22 +124,7 @@ def run(
 ) -> None:
     """Measure one strategy at one cache size on one task, and write the result as JSON."""
     from liquidfusion.bench import inputs, models, output, results, runner
-    from liquidfusion.bench.caches import CacheOptions
 
-    cache = CacheOptions(
-        strategy=strategy,
-        cache_size=cache_size,
-        budget=budget,
-        window_size=window_size,
-        sink_size=sink_size,
-        sink_update_rate=sink_update_rate,
-        heavy_ratio=heavy_ratio,
-        recent_ratio=recent_ratio,
-        peak_ratio=peak_ratio,
-        eviction_interval=eviction_interval,
-        sinks=sinks,
-    )
-    cache.spec()
     options = inputs.task_options(
         runner.find_task(task),
         prompt=prompt,
@@ -190,7 +141,7 @@ def run(
     terminal = output.Terminal(quiet=quiet or as_json)
     with terminal.waiting(f"loading {model}"):
         loaded = models.load(model, device=device, dtype=dtype)
-    with terminal.progress(f"{strategy} · {task}") as progress:
+    with terminal.progress(f"{cache.strategy} · {task}") as progress:
         document = runner.run(loaded, task, cache, baseline=baseline, seed=seed, progress=progress, **options)
     path = results.save(document, output_dir)
     if as_json:
@@ -372,20 +323,89 @@ def report(
 
 
 @app.command()
+@takes_cache()
+def stream(
+    model: ModelOption = "smollm2",
+    *,
+    cache: "CacheOptions",
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompt-file",
+            "--data",
+            help="Text, repeated when it ends; - is standard input, to its end.",
+            show_default="Python's reference, repeated",
+            **INPUT,
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens to feed; a --cache-size refers to them.", **INPUT)] = 16384,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens fed in one call; 1 measures decoding.", **INPUT)] = 64,
+    window: Annotated[int, typer.Option(min=2, help="Tokens of a reported row.", **INPUT)] = 1024,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    output_dir: OutputOption = Path("benchmark_results"),
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Feed a text without end through one cache; show perplexity, step time and memory as they go."""
+    import time
+
+    from liquidfusion.bench import models, output, results, streaming
+    from liquidfusion.bench.streamview import StreamView
+
+    text = streaming.read(prompt_file)
+    results.check_writable(output_dir)
+    with output.Terminal(quiet=quiet or as_json).waiting(f"loading {model}"):
+        loaded = models.load(model, device=device, dtype=dtype)
+    size = results.size_label(cache.cache_size, cache.budget)
+    path = output_dir / f"{results.file_stem(cache.strategy, loaded.name, size)}_stream_{results.stamp()}.json"
+    rows, start, document = [], time.perf_counter(), {}
+    ids = streaming.read_tokens(loaded.tokenizer, text)
+    try:
+        with StreamView(tokens, quiet=quiet or as_json) as view:
+            for row in streaming.stream(loaded, ids, cache, tokens=tokens, chunk=chunk, window=window):
+                rows.append(row)
+                seconds = time.perf_counter() - start
+                document = streaming.document(loaded, cache, rows, seconds=seconds, tokens=tokens, chunk=chunk)
+                results.write_atomic(path, results.to_json(document))
+                view.show(row)
+    finally:  # interrupted or failed: what was measured is kept
+        if as_json and rows:
+            typer.echo(results.to_json(document), nl=False)
+        elif rows:
+            typer.echo(path)
+
+
+@app.command()
+@takes_cache(without=("cache_size",))
+def chat(
+    model: ModelOption = "smollm2",
+    *,
+    cache: "CacheOptions",
+    system: Annotated[str | None, typer.Option(help="What the model is told before the first turn.", **INPUT)] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.", **INPUT)] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.", **INPUT)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seeds what is drawn.", **INPUT)] = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print each turn as one line of JSON.", **OUTPUT)] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the answers.", **OUTPUT)] = False,
+) -> None:
+    """Chat without end in constant memory: each turn feeds only what is new. /reset, /stats, /quit."""
+    from liquidfusion.bench import chatting, models, output
+
+    with output.Terminal(quiet=quiet or as_json).waiting(f"loading {model}"):
+        loaded = models.load(model, device=device, dtype=dtype)
+    talk = chatting.Chat(loaded, cache, system=system, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    chatting.converse(talk, as_json=as_json, quiet=quiet)
+
+
+@app.command()
+@takes_cache(without=("graph", "compile", "overlap"), cache_size=20.0)
 def show(
     model: ModelOption = "smollm2",
-    strategy: Annotated[
-        str, typer.Option("--strategy", "-s", autocompletion=_strategy_names, help="What to keep.", **CACHE)
-    ] = "liquid_fusion",
-    cache_size: Annotated[
-        float | None,
-        typer.Option("--cache-size", "-c", min=1, max=100, **_cache("Percent of the prompt.", "20, without --budget")),
-    ] = None,
-    budget: Annotated[int | None, typer.Option(**_cache("Tokens kept.", "by --cache-size"))] = None,
-    parameter: Annotated[
-        list[str] | None,
-        typer.Option("--parameter", metavar="NAME=VALUE", help="A parameter of the strategy: sink_size=8.", **CACHE),
-    ] = None,
+    *,
+    cache: "CacheOptions",
     prompt: Annotated[str | None, typer.Option(help="The text.", show_default="built in", **INPUT)] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A file with the text.", **INPUT)] = None,
     max_tokens: Annotated[int, typer.Option(min=0, help="Tokens to write after it.", **INPUT)] = 0,
@@ -401,16 +421,11 @@ def show(
     quiet: QuietOption = False,
 ) -> None:
     """Show which tokens of a text a cache kept: bright ones gathered much attention, evicted ones are struck out."""
-    from liquidfusion.bench import inputs, models, output, results, showing, texts
-    from liquidfusion.bench.caches import CacheOptions
+    from liquidfusion.bench import models, output, results, showing, texts
 
     if prompt is not None and prompt_file is not None:
         raise ConfigError("give --prompt or --prompt-file, not both")
     text = prompt if prompt_file is None else texts.read_text(prompt_file)
-    if cache_size is None and budget is None:
-        cache_size = 20.0
-    cache = CacheOptions(strategy=strategy, cache_size=cache_size, budget=budget, **inputs.parameters(parameter or []))
-    cache.spec()
     with output.Terminal(quiet=quiet or as_json).waiting(f"loading {model}"):
         loaded = models.load(model, device=device, dtype=dtype)
     kept = showing.keep(
@@ -418,19 +433,24 @@ def show(
     )
     showing.check_place(kept, layer, head)
     if page is not None:
-        results.write_atomic(page, showing.html(kept, f"What {strategy} kept of {len(kept.tokens)} tokens"))
+        results.write_atomic(page, showing.html(kept, f"What {cache.strategy} kept of {len(kept.tokens)} tokens"))
     if as_json:
         share, intensity = kept.share(layer, head).tolist(), kept.intensity(layer, head).tolist()
         typer.echo(results.to_json({"tokens": kept.tokens, "share": share, "attention_rank": intensity}), nl=False)
     elif quiet:
         typer.echo(page or "")
     else:
-        output.show_kept(kept, layer, head, strategy, page)
+        output.show_kept(kept, layer, head, cache.strategy, page)
 
 
 @app.command()
+@takes_cache(without=("positions", "threads", "graph", "overlap"), budget=2048)
 def plan(
-    model: ModelOption = "smollm2",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="smollm2, llama-3.1-8b, qwen3-8b, a local directory or a hub id.")
+    ] = "smollm2",
+    *,
+    cache: "CacheOptions",
     gpu: Annotated[
         str | None, typer.Option(help="A GPU by name: h100, a100, l4, rtx4090, …", show_default=False)
     ] = None,
@@ -442,28 +462,16 @@ def plan(
     ] = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of prompt and answer.")] = 32768,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
-    strategy: Annotated[
-        str, typer.Option("--strategy", "-s", autocompletion=_strategy_names, help="What to keep.")
-    ] = "liquid_fusion",
-    cache_size: Annotated[
-        float | None, typer.Option("--cache-size", "-c", min=1, max=100, help="Percent of the context.")
-    ] = None,
-    budget: Annotated[int | None, typer.Option(help="Tokens kept.", show_default="2048")] = None,
     dtype: Annotated[str, typer.Option(help="Of weights and cache: float32, bfloat16 or float16.")] = "bfloat16",
     reserve: Annotated[float, typer.Option(help="Share of the memory held back.")] = 0.1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: ListJsonOption = False,
 ) -> None:
-    """Tell what fits into a GPU, and how much faster it can be, from a model's configuration alone."""
+    """Tell what fits into a GPU, and how fast it can be, from a model's configuration alone."""
     import torch
 
     from liquidfusion.bench import models, output, planning, results
-    from liquidfusion.bench.caches import CacheOptions
 
     of_gpu = planning.gpu(gpu or "h100")
-    cache = CacheOptions(
-        strategy=strategy, cache_size=cache_size, budget=2048 if cache_size is None and budget is None else budget
-    )
-    cache.spec()
     kind = models.resolve_dtype(dtype, torch.device("cuda"))
     found = planning.plan(
         planning.read_config(model),
@@ -478,7 +486,7 @@ def plan(
     if as_json:
         typer.echo(results.to_json(found.as_dict()), nl=False)
     else:
-        output.show_plan(found, f"{model}, {context:,} tokens, batch {batch}", strategy)
+        output.show_plan(found, f"{model}, {context:,} tokens, batch {batch}", cache.strategy)
 
 
 @app.command()
@@ -498,32 +506,53 @@ def speed(
     dtype: DtypeOption = "auto",
     output_dir: OutputOption = Path("benchmark_results"),
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Time decode and prefill beside transformers' own caches, on one model in one run."""
-    from liquidfusion.bench import models, output, results
-    from liquidfusion.bench.speed import PARTS, Bench, Plan, Results, build
+    from dataclasses import asdict
 
-    chosen = tuple(parts.split(",")) if parts else PARTS
-    if unknown := [part for part in chosen if part not in PARTS]:
-        raise ConfigError(f"parts has {unknown}; {', '.join(PARTS)} are accepted")
+    from liquidfusion.bench import inputs, machine, models, output, results
+    from liquidfusion.bench.speed import PARTS, Bench, Plan, Results, build, shape_config
+
+    chosen = tuple(inputs.words(parts or "")) or PARTS
+    for part in chosen:
+        if part not in PARTS:
+            raise ConfigError(f"--parts {part!r} is unknown; accepted: {', '.join(PARTS)}")
     plan = Plan(
         budget, _lengths("contexts", contexts), _lengths("prefill", prefill), batch, chunk, steps, chosen, static
     )
     where = models.resolve_device(device)
-    model = build(shape, where, models.resolve_dtype(dtype, where))
+    kind = models.resolve_dtype(dtype, where)
+    shape_config(shape)
     results.check_writable(output_dir)
-    path = output_dir / f"speed_{shape}_{results.now():%Y%m%d-%H%M%S}.json"
+    model = build(shape, where, kind)
+    path = output_dir / f"speed_{shape}_{results.stamp()}.json"
     found = Results()
+    metadata = {
+        "model_name": shape,
+        **asdict(plan),
+        "dtype": str(kind).removeprefix("torch."),
+        "versions": machine.versions(),
+        "machine": machine.describe(where),
+    }
+
+    def save() -> str:
+        text = results.to_json({"metadata": metadata, "figures": found.figures, "failures": found.failures})
+        results.write_atomic(path, text)
+        return text
 
     def keep(line: str) -> None:
-        if not as_json:
+        if not as_json and not quiet:
             typer.echo(line)
-        results.write_atomic(path, results.to_json({"figures": found.figures, "failures": found.failures}))
+        save()
 
     found.report = keep
     Bench(model, plan, found).run()
+    text = save()
     if as_json:
-        typer.echo(path.read_text(encoding="utf-8"), nl=False)
+        typer.echo(text, nl=False)
+    elif quiet:
+        typer.echo(path)
     else:
         output.table(["figure", "value"], [[name, f"{value:.5g}"] for name, value in found.figures.items()])
         typer.echo(str(path))

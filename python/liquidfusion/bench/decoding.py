@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own habit
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -33,6 +34,7 @@ class Stream:
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._mask: Tensor | None = None
         self._columns = 0
+        self._logits: Tensor | None = None
 
     @torch.inference_mode()
     def feed(self, ids: Tensor, mask: Tensor | None = None, *, last: bool = False) -> Tensor:
@@ -73,6 +75,30 @@ class Stream:
         if logits is None:
             raise ValueError("there is no token to feed")
         return logits
+
+    @torch.inference_mode()
+    def score(self, ids: Tensor) -> Tensor:
+        """Feed the next columns and return how badly each was predicted by what came before.
+
+        Parameters
+        ----------
+        ids
+            Token ids, int64 ``[batch, columns]``.
+
+        Returns
+        -------
+        Tensor
+            Negative log-likelihoods, float32 ``[batch, columns]``; one column less in the first call, since nothing
+            predicts the first token.
+        """
+        logits = self.feed(ids).float()
+        losses = []
+        if self._logits is not None:
+            losses.append(F.cross_entropy(self._logits, ids[:, 0], reduction="none")[:, None])
+        if ids.shape[1] > 1:
+            losses.append(F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none"))
+        self._logits = logits[:, -1]
+        return torch.cat(losses, 1) if losses else logits.new_empty(ids.shape[0], 0)
 
 
 @dataclass(slots=True)
@@ -187,7 +213,7 @@ def generate(
     logits = stream.feed_chunks(ids, mask, chunk=chunk)[:, -1]
     for _ in range(max_tokens):
         logprobs = logits.float().log_softmax(-1)
-        chosen = _choose(logprobs, temperature, generator)
+        chosen = choose(logprobs, temperature, generator)
         record = _record(logprobs, chosen, top)
         clocks.append(time.perf_counter())
         for index in sorted(open_rows):
@@ -211,7 +237,7 @@ def _pad_token(tokenizer: Any, ends: set[int]) -> int:
     return pad if isinstance(pad, int) else min(ends, default=0)
 
 
-def _choose(logprobs: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+def choose(logprobs: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
     """Return the next token of each row, int64 ``[batch]``."""
     if temperature == 0:
         return logprobs.argmax(-1)

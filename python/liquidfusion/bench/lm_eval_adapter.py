@@ -9,6 +9,7 @@ or import this module before calling ``lm_eval.simple_evaluate(model="liquidfusi
 Source: https://github.com/EleutherAI/lm-evaluation-harness
 """
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -31,15 +32,12 @@ class LiquidFusionLM(HFLM):  # type: ignore[misc]
     ----------
     pretrained
         ``"smollm2"``, a local directory, a hub id, or a model.
-    strategy, budget, cache_size, window_size, sink_size, sink_update_rate, heavy_ratio, recent_ratio, peak_ratio
-        The cache, as :class:`liquidfusion.KVCache` takes it; a percentage refers to the longest prompt of a batch.
-    eviction_interval, sinks
-        More of the same.
     chunk
         Tokens fed in one call when a text is scored. Eviction happens between calls, so the likelihood of a token
         depends on what was kept of the chunks before its own.
     arguments
-        Whatever else the harness's model takes: device, dtype, batch_size, …
+        What :class:`liquidfusion.bench.caches.CacheOptions` takes (a percentage refers to the longest prompt of a
+        batch), and what the harness's model takes: device, dtype, batch_size, …
 
     Raises
     ------
@@ -51,33 +49,11 @@ class LiquidFusionLM(HFLM):  # type: ignore[misc]
         self,
         pretrained: Any = "smollm2",
         *,
-        strategy: str = "liquid_fusion",
-        budget: int | None = None,
-        cache_size: float | None = None,
-        window_size: int | None = None,
-        sink_size: int | None = None,
-        sink_update_rate: float | None = None,
-        heavy_ratio: float | None = None,
-        recent_ratio: float | None = None,
-        peak_ratio: float | None = None,
-        eviction_interval: int | None = None,
-        sinks: str | None = None,
         chunk: int = 64,
         **arguments: Any,
     ) -> None:
-        self._cache = CacheOptions(
-            strategy=strategy,
-            budget=budget,
-            cache_size=cache_size,
-            window_size=window_size,
-            sink_size=sink_size,
-            sink_update_rate=sink_update_rate,
-            heavy_ratio=heavy_ratio,
-            recent_ratio=recent_ratio,
-            peak_ratio=peak_ratio,
-            eviction_interval=eviction_interval,
-            sinks=sinks,
-        )
+        names = arguments.keys() & {f.name for f in fields(CacheOptions)}
+        self._cache = CacheOptions(**{name: arguments.pop(name) for name in names})
         self._cache.spec()
         if chunk < 1:
             raise ConfigError(f"chunk {chunk} is not at least 1")

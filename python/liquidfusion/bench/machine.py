@@ -67,17 +67,30 @@ def peak_memory(device: torch.device) -> int | None:
     """Return the peak in bytes since the last reset: memory of torch's tensors on CUDA, of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    peak = _status("VmHWM")
+    if peak is not None:
+        return peak
     try:
         import resource
     except ImportError:  # Windows
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def resident_memory(device: torch.device) -> int | None:
+    """Return the bytes in use now: memory of torch's tensors on CUDA, of the process elsewhere (None: unknown)."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+
+
+def _status(name: str) -> int | None:
+    """Return a figure of Linux's account of this process in bytes."""
+    path = Path("/proc/self/status")
+    if path.exists():
+        for line in path.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,18 +1,21 @@
 """What a person sees: progress on standard error, results on standard output."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from liquidfusion.bench.planning import Plan
-from liquidfusion.bench.showing import Kept, terminal
-from liquidfusion.bench.tasks.task import Progress as Report
+if TYPE_CHECKING:  # they import torch, and a list of strategies must not wait for it
+    from liquidfusion.bench.planning import Plan
+    from liquidfusion.bench.showing import Kept
+    from liquidfusion.bench.tasks.task import Progress as Report
 
 
 def number(value: float | None, unit: str = "") -> str:
@@ -50,13 +53,18 @@ def show_plan(plan: Plan, title: str, strategy: str) -> None:
             ("fits", fits[plan.full_fits], fits[plan.bounded_fits]),
             ("largest batch", str(plan.full_largest_batch), str(plan.bounded_largest_batch)),
             (
-                "least time per token",
+                "least time per step",
+                number(1000 * plan.full_least_seconds, "ms"),
+                number(1000 * plan.bounded_least_seconds, "ms"),
+            ),
+            (
+                "time to expect",
                 number(1000 * plan.full_step_seconds, "ms"),
                 number(1000 * plan.bounded_step_seconds, "ms"),
             ),
-            ("speed-up", "1", f"{plan.speedup:.2f}"),
+            ("speed-up to expect", "1", f"{plan.speedup:.2f}"),
             (
-                "most tokens/s at the largest batch",
+                "tokens/s at the largest batch",
                 number(round(plan.full_tokens_per_second)),
                 number(round(plan.bounded_tokens_per_second)),
             ),
@@ -66,6 +74,8 @@ def show_plan(plan: Plan, title: str, strategy: str) -> None:
 
 def show_kept(kept: Kept, layer: int | None, head: int | None, strategy: str, page: Path | None) -> None:
     """Print a text with what was kept of it, and where the page is."""
+    from liquidfusion.bench.showing import terminal
+
     console = Console()
     console.print(terminal(kept, layer, head))
     share = kept.share(layer, head)

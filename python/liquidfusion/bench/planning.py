@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from liquidfusion.bench.caches import CacheOptions
 from liquidfusion.bench.models import ModelError, first_line, locate, silence
+from liquidfusion.bench.speed import SHAPES, shape_config
 from liquidfusion.exceptions import ConfigError
 
 GPUS = {
@@ -22,10 +23,13 @@ GPUS = {
 }
 """Name → memory in GB and bandwidth in TB/s, from the makers' data sheets."""
 
+_GRAPH, _COMPILED = 0.58, 0.70
+"""Shares of the data sheet's bandwidth that whole decode steps reached on an H100; see docs/performance.md."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Bytes, batches and the least time that memory bandwidth allows.
+    """Bytes, batches, the least time that memory bandwidth allows and the time to expect.
 
     Attributes
     ----------
@@ -39,12 +43,14 @@ class Plan:
         Whether weights and cache fit into the memory that is not held back.
     full_largest_batch, bounded_largest_batch
         Rows that fit.
-    full_step_seconds, bounded_step_seconds
+    full_least_seconds, bounded_least_seconds
         Least time for one token of every row: weights and cache are read once.
+    full_step_seconds, bounded_step_seconds
+        Time to expect, from what was measured: of transformers' StaticCache with torch.compile, and of `KVCache`.
     speedup
-        Their ratio.
+        The ratio of the times to expect.
     full_tokens_per_second, bounded_tokens_per_second
-        Most tokens a second at the largest batch that fits; 0 if none fits.
+        Tokens a second to expect at the largest batch that fits; 0 if none fits.
     """
 
     weight_bytes: int
@@ -55,6 +61,8 @@ class Plan:
     bounded_fits: bool
     full_largest_batch: int
     bounded_largest_batch: int
+    full_least_seconds: float
+    bounded_least_seconds: float
     full_step_seconds: float
     bounded_step_seconds: float
     speedup: float
@@ -67,13 +75,15 @@ class Plan:
 
 
 def read_config(name: str) -> PreTrainedConfig:
-    """Return the configuration of a model: ``smollm2``, a directory or a hub id; no weights are read.
+    """Return a model's configuration: ``smollm2``, a shape of ``speed``, a directory or a hub id; no weights are read.
 
     Raises
     ------
     ModelError
         There is none.
     """
+    if name in SHAPES:
+        return shape_config(name)
     source = locate(name)
     with silence():
         try:
@@ -102,10 +112,14 @@ def plan(
     dtype: torch.dtype = torch.bfloat16,
     reserve: float = 0.1,
 ) -> Plan:
-    """Compute what fits and the least time a token can take.
+    """Compute what fits, the least time a token can take and the time to expect.
 
-    The times are floors: a real step is slower by what its kernels waste, the same for both caches where weights
-    dominate. Activations and the transient keys of a prompt in one piece must fit into the reserve.
+    The least times are floors: weights and cache read once at full bandwidth. The times to expect use the shares of it
+    that were measured, with 8 billion weights on an H100: a smaller model is held up by the number of its kernels
+    instead. Where query heads share a key head, a compiled step of transformers copies the cache for each of them: a
+    full cache costs a read, and for each query head a write and a read.
+
+    Activations and the transient keys of a prompt in one piece must fit into the reserve.
 
     Parameters
     ----------
@@ -138,10 +152,17 @@ def plan(
     bounded_row = cache_row_bytes(config, slots, dtype.itemsize, ledger=16 if spec.scored else 8)
     room = memory * (1 - reserve) - weights
     full_most, bounded_most = (max(0, int(room // row)) for row in (full_row, bounded_row))
-    full_step, bounded_step = ((read + batch * row) / bandwidth for row in (full_row, bounded_row))
-    full_rate, bounded_rate = (
-        most * bandwidth / (read + most * row) for most, row in ((full_most, full_row), (bounded_most, bounded_row))
-    )
+    text = config.get_text_config()
+    group = text.num_attention_heads // (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    copies = 1 if group == 1 else 1 + 2 * group
+    reached = _COMPILED if cache.compile else _GRAPH
+
+    def full_step(rows: int) -> float:
+        return (read / _GRAPH + rows * full_row * copies / _COMPILED) / bandwidth
+
+    def bounded_step(rows: int) -> float:
+        return (read + rows * bounded_row) / reached / bandwidth
+
     return Plan(
         weight_bytes=weights,
         full_cache_bytes=batch * full_row,
@@ -151,11 +172,13 @@ def plan(
         bounded_fits=bounded_most >= batch,
         full_largest_batch=full_most,
         bounded_largest_batch=bounded_most,
-        full_step_seconds=full_step,
-        bounded_step_seconds=bounded_step,
-        speedup=full_step / bounded_step,
-        full_tokens_per_second=full_rate,
-        bounded_tokens_per_second=bounded_rate,
+        full_least_seconds=(read + batch * full_row) / bandwidth,
+        bounded_least_seconds=(read + batch * bounded_row) / bandwidth,
+        full_step_seconds=full_step(batch),
+        bounded_step_seconds=bounded_step(batch),
+        speedup=full_step(batch) / bounded_step(batch),
+        full_tokens_per_second=full_most / full_step(full_most),
+        bounded_tokens_per_second=bounded_most / bounded_step(bounded_most),
     )
 
 

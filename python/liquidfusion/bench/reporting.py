@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from liquidfusion.bench import results
-from liquidfusion.bench.caches import strategy_names
-from liquidfusion.bench.charts import COLOURS, Chart, Point, Series, short
+from liquidfusion.bench import curves, results
+from liquidfusion.bench.charts import COLOURS, Chart, Point, Section, Series, short
+from liquidfusion.bench.options import strategy_names
 from liquidfusion.bench.output import number
 from liquidfusion.bench.sweeping import REFERENCE
 from liquidfusion.bench.tasks import TASKS
@@ -50,10 +50,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything that was found in a directory."""
+    """Everything that was found in a directory: results of tasks, of `speed` and of `stream`, and failures."""
 
     rows: list[Row]
     errors: list[dict[str, Any]]
+    speeds: list[dict[str, Any]] = field(default_factory=list)
+    streams: list[dict[str, Any]] = field(default_factory=list)
 
     def groups(self) -> dict[tuple[str, str], list[Row]]:
         """Return (model, task) → rows, in order of budget."""
@@ -61,6 +63,11 @@ class Report:
         for row in sorted(self.rows, key=lambda row: (row.model, row.task, row.budget or 0, row.context)):
             found.setdefault((row.model, row.task), []).append(row)
         return found
+
+    def sections(self) -> list[Section]:
+        """Return the parts of the report, in the order in which they are shown."""
+        tasks = [_section(model, task, rows) for (model, task), rows in self.groups().items()]
+        return tasks + [curves.speed(document) for document in self.speeds] + curves.streams(self.streams)
 
 
 def read(directory: Path) -> Report:
@@ -74,21 +81,29 @@ def read(directory: Path) -> Report:
     if not directory.is_dir():
         raise ConfigError(f"{directory}: there is no such directory")
     rows: dict[tuple[Any, ...], Row] = {}
+    speeds: dict[str, dict[str, Any]] = {}
+    streams: dict[tuple[Any, ...], dict[str, Any]] = {}
     errors = []
     for path in sorted(directory.rglob("*.json"), key=lambda path: path.stat().st_mtime):
-        if path.name.endswith(".error.json"):
-            errors.append(json.loads(path.read_text(encoding="utf8")))
-            continue
         try:
-            row = _row(results.load(path))
-        except (ValueError, KeyError, TypeError):
+            document = json.loads(path.read_text(encoding="utf8"))
+            if path.name.endswith(".error.json"):
+                errors.append({"task": str(document["task"]), "error": str(document["error"])})
+            elif "figures" in document:
+                speeds[document["metadata"]["model_name"]] = document
+            elif "windows" in document:
+                facts = document["metadata"]
+                streams[facts["model_name"], facts["strategy"], *facts["budgets_used"]] = document
+            else:
+                row = _row(document)
+                rows[row.model, row.task, row.strategy, row.label, row.context] = row
+        except (ValueError, KeyError, TypeError, IndexError):
             continue  # other people's JSON
-        rows[row.model, row.task, row.strategy, row.label, row.context] = row
-    if not rows:
+    if not (rows or speeds or streams):
         raise ConfigError(
             f"{directory} holds no result; measure with: liquidfusion-bench sweep --output-dir {directory}"
         )
-    return Report(list(rows.values()), errors)
+    return Report(list(rows.values()), errors, list(speeds.values()), list(streams.values()))
 
 
 def _row(document: dict[str, Any]) -> Row:
@@ -108,22 +123,22 @@ def _row(document: dict[str, Any]) -> Row:
     )
 
 
-def charts(report: Report) -> dict[str, Chart]:
-    """Return file stem → chart."""
+def _section(model: str, task: str, rows: Sequence[Row]) -> Section:
+    stem = f"{task}-{model.replace('/', '-')}"
     found: dict[str, Chart] = {}
-    for (model, task), rows in report.groups().items():
-        stem = "-".join(part for part in (task, model.replace("/", "-")))
-        if task == "generate":
-            found |= _speed(stem, model, rows)
-        elif task in TASKS:
-            main = TASKS[task].main
-            for context in sorted({row.context for row in rows}):
-                alike = [row for row in rows if row.context == context]
-                title = f"{main.replace('_', ' ')}{f' at {short(context)} tokens' if context else ''}, {model}"
-                chart = _against_budget(title, alike, main, main.replace("_", " "))
-                if chart is not None:
-                    found[f"{stem}-{main}-{context}"] = chart
-    return found
+    if task == "generate":
+        found = _speed(stem, model, rows)
+    elif task in TASKS:
+        main = TASKS[task].main
+        for context in sorted({row.context for row in rows}):
+            alike = [row for row in rows if row.context == context]
+            title = f"{main.replace('_', ' ')}{f' at {short(context)} tokens' if context else ''}, {model}"
+            chart = _against_budget(title, alike, main, main.replace("_", " "))
+            if chart is not None:
+                found[f"{stem}-{main}-{context}"] = chart
+    header, body = _grid(rows, task)
+    summary = f"{TASKS[task].summary.capitalize()}." if task in TASKS else ""
+    return Section(task, model, summary, found, f"{_main(task).replace('_', ' ')} ({_unit(rows, task)})", header, body)
 
 
 def _point(row: Row, x: float, name: str, scale: float = 1.0) -> Point:
@@ -205,7 +220,7 @@ def _speed(stem: str, model: str, rows: Sequence[Row]) -> dict[str, Chart]:
             )
             for row in best.values()
         ]
-        title = f"latency of a token after {short(largest)}, {model}"
+        title = f"latency of a token after {short(largest)} tokens, {model}"
         found[f"{stem}-latency"] = Chart(
             title, "percentile", "ms per token", lines, log=False, zero=True, categories=names
         )
@@ -213,13 +228,12 @@ def _speed(stem: str, model: str, rows: Sequence[Row]) -> dict[str, Chart]:
 
 
 def markdown(report: Report) -> str:
-    """Return one table for each model and task: strategies down, sizes across, the main figure with its interval."""
+    """Return a table for each section; for a task strategies down, sizes across, its main figure with its interval."""
     parts = ["# Results", ""]
-    for (model, task), rows in report.groups().items():
-        parts += [f"## {task}, {model}", "", f"{_main(task).replace('_', ' ')} ({_unit(rows, task)})", ""]
-        header, body = _grid(rows, task)
-        parts += [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-        parts += [f"| {' | '.join(line)} |" for line in body] + [""]
+    for section in report.sections():
+        parts += [f"## {section.title}, {section.subject}", "", section.caption, ""]
+        parts += [f"| {' | '.join(section.header)} |", f"|{'---|' * len(section.header)}"]
+        parts += [f"| {' | '.join(line)} |" for line in section.body] + [""]
     parts += [f"- failed: {error['task']}: {error['error']}" for error in report.errors]
     return "\n".join(parts).rstrip() + "\n"
 
@@ -269,8 +283,8 @@ body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--paper)
   font: 16px/1.5 system-ui, sans-serif }
 h1 { font-size: 1.6rem; margin: .5rem 0 } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem }
 p { max-width: 46rem; margin: .3rem 0 } .soft { color: var(--soft) }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%%, 26rem), 1fr)); gap: 1rem }
-figure { margin: 0; border: 1px solid var(--grid); border-radius: .5rem; padding: .5rem; max-width: 44rem }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%%, 22rem), 1fr)); gap: 1rem }
+figure { margin: 0; border: 1px solid var(--grid); border-radius: .5rem; padding: .3rem }
 svg { display: block; width: 100%%; height: auto }
 .scroll { overflow-x: auto } table { border-collapse: collapse; margin: .5rem 0; font-size: .9rem }
 caption { text-align: left; color: var(--soft) }
@@ -282,17 +296,14 @@ th:first-child, td:first-child { text-align: left; position: sticky; left: 0; ba
 def html(report: Report) -> str:
     """Return one page that needs nothing else: charts, tables, machine and failures."""
     light, dark = ("; ".join(f"--{name}: {pair[i]}" for name, pair in COLOURS.items()) for i in (0, 1))
-    drawn = charts(report)
     body = ["<h1>LiquidFusion: results</h1>", *_facts(report)]
-    for (model, task), rows in report.groups().items():
-        stem = "-".join((task, model.replace("/", "-")))
-        body.append(f"<section><h2>{escape(task)} <span class='soft'>{escape(model)}</span></h2>")
-        if task in TASKS:
-            body.append(f"<p>{escape(TASKS[task].summary.capitalize())}.</p>")
-        figures = [chart.svg() for name, chart in drawn.items() if name.startswith(stem + "-")]
-        body.append("<div class='charts'>" + "".join(f"<figure>{svg}</figure>" for svg in figures) + "</div>")
-        body.append(_table(rows, task))
-        body.append("</section>")
+    for section in report.sections():
+        title, subject = escape(section.title), escape(section.subject)
+        body.append(f"<section><h2>{title} <span class='soft'>{subject}</span></h2>")
+        if section.summary:
+            body.append(f"<p>{escape(section.summary)}</p>")
+        drawn = "".join(f"<figure>{chart.svg()}</figure>" for chart in section.charts.values())
+        body.append(f"<div class='charts'>{drawn}</div>{_table(section)}</section>")
     if report.errors:
         failed = "".join(f"<li>{escape(str(e['task']))}: {escape(str(e['error']))}</li>" for e in report.errors)
         body.append(f"<section><h2>Failed</h2><ul>{failed}</ul></section>")
@@ -306,27 +317,26 @@ def html(report: Report) -> str:
 
 
 def _facts(report: Report) -> list[str]:
-    metadata = report.rows[-1].document["metadata"]
+    documents = [*(row.document for row in report.rows), *report.speeds, *report.streams]
+    metadata = documents[-1]["metadata"]
     machine, versions = metadata["machine"], metadata["versions"]
     device = machine.get("gpu") or f"{machine['processor']}, {machine['cores']} cores"
     told = f"{device}; {metadata['dtype']}; torch {versions['torch']}, transformers {versions['transformers']}"
     return [
         f"<p class='soft'>{escape(told)}; LiquidFusion {escape(str(versions['liquidfusion']))}</p>",
-        "<p>Whiskers and the grey band are 95 % bootstrap intervals. The line across is the full cache. "
-        "Point at a mark to read its value.</p>",
+        "<p>Whiskers and grey bands are 95 % bootstrap intervals. A line across is a reference: the full cache, or a "
+        "floor. Point at a mark to read its value.</p>",
     ]
 
 
-def _table(rows: Sequence[Row], task: str) -> str:
-    header, body = _grid(rows, task)
-    head = "".join(f"<th scope='col'>{escape(cell)}</th>" for cell in header)
+def _table(section: Section) -> str:
+    head = "".join(f"<th scope='col'>{escape(cell)}</th>" for cell in section.header)
     lines = "".join(
         f"<tr><th scope='row'>{escape(line[0])}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in line[1:])}</tr>"
-        for line in body
+        for line in section.body
     )
-    caption = f"{_main(task).replace('_', ' ')} ({_unit(rows, task)})"
     return (
-        f"<div class='scroll'><table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>"
+        f"<div class='scroll'><table><caption>{escape(section.caption)}</caption><thead><tr>{head}</tr></thead>"
         f"<tbody>{lines}</tbody></table></div>"
     )
 
@@ -346,7 +356,8 @@ def write(report: Report, directory: Path, *, images: Path | None = None, png: b
         from liquidfusion.bench.data import require
 
         draw = require("cairosvg", "cairosvg").svg2png if png else None
-        for stem, chart in charts(report).items():
+        drawn = {stem: chart for section in report.sections() for stem, chart in section.charts.items()}
+        for stem, chart in drawn.items():
             path = images / f"{stem}.svg"
             results.write_atomic(path, chart.standalone())
             written.append(path)

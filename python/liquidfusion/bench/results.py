@@ -65,10 +65,14 @@ def save(document: dict[str, Any], directory: Path) -> Path:
     """Write a result document into `directory` under its own name and return the path."""
     metadata = document["metadata"]
     size = size_label(metadata["cache_size"], metadata["budget"])
-    stem = file_stem(metadata["strategy"], metadata["model_name"], size)
-    path = directory / f"{stem}_{now():%Y%m%dT%H%M%S%f}.json"
+    path = directory / f"{file_stem(metadata['strategy'], metadata['model_name'], size)}_{stamp()}.json"
     write_atomic(path, to_json(document))
     return path
+
+
+def stamp() -> str:
+    """Return the time as file names carry it."""
+    return f"{now():%Y%m%dT%H%M%S%f}"
 
 
 def size_label(cache_size: float | None, budget: int | None) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from liquidfusion.bench import machine, results
-from liquidfusion.bench.caches import CacheMaker, CacheOptions
+from liquidfusion.bench.caches import HOW, PARAMETERS, CacheMaker, CacheOptions
 from liquidfusion.bench.models import Loaded
 from liquidfusion.bench.tasks import TASKS
 from liquidfusion.bench.tasks.task import Progress, Record, Task
@@ -91,8 +91,9 @@ def run(
         else:
             full = chosen.measure(loaded.model, loaded.tokenizer, chosen.reference, progress=progress, **given)
     figures = chosen.metrics(records, full)
+    budgets = sorted({b for item in records if (b := item["result"]["scores"].get("budget")) is not None})
     return {
-        "metadata": _metadata(loaded, task, cache, {**known, **given}, seed, seconds, records),
+        "metadata": metadata(loaded, task, cache, {**known, **given}, seconds, seed=seed, budgets_used=budgets),
         "results": records,
         "metrics": {name: metric.as_dict() for name, metric in figures.items()},
     }
@@ -107,46 +108,28 @@ def _check(options: dict[str, Any]) -> None:
         raise ConfigError(f"temperature {options['temperature']:g} is negative; 0 or more is accepted")
 
 
-def _metadata(
-    loaded: Loaded,
-    task: str,
-    cache: CacheMaker,
-    options: dict[str, Any],
-    seed: int,
-    seconds: float,
-    records: Sequence[Record],
+def metadata(
+    loaded: Loaded, task: str, cache: CacheMaker, options: dict[str, Any], seconds: float, **more: Any
 ) -> dict[str, Any]:
+    """Return what a result must say about how it came to be: parameters, versions, machine."""
     device = loaded.model.device
     own = isinstance(cache, CacheOptions)
     parameters = cache.spec().params if isinstance(cache, CacheOptions) else {}
-    budgets = sorted({b for item in records if (b := item["result"]["scores"].get("budget")) is not None})
     return {
         "model_name": loaded.name,
         "strategy": cache.strategy,
         "cache_size": cache.cache_size if isinstance(cache, CacheOptions) else None,
         "budget": cache.budget if isinstance(cache, CacheOptions) else None,
-        "budgets_used": budgets,
         "attention_type": "liquidfusion" if own else loaded.model.config._attn_implementation,
-        **{name: parameters.get(name) for name in _PARAMETERS},
+        **{name: parameters.get(name) for name in PARAMETERS},
+        **{name: getattr(cache, name, None) for name in HOW},
         "task": task,
         "task_options": {name: value for name, value in options.items() if name not in ("text", "prompts", "seed")},
-        "seed": seed,
         "device": str(device),
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "created": results.now().isoformat(timespec="seconds"),
         "seconds": seconds,
         "versions": machine.versions(),
         "machine": machine.describe(device),
+        **more,
     }
-
-
-_PARAMETERS = (
-    "window_size",
-    "sink_size",
-    "sink_update_rate",
-    "heavy_ratio",
-    "recent_ratio",
-    "peak_ratio",
-    "eviction_interval",
-    "sinks",
-)

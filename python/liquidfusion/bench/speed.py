@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 
 from liquidfusion.cache import KVCache
 from liquidfusion.exceptions import ConfigError
@@ -127,15 +127,29 @@ def build(shape: str, device: torch.device, dtype: torch.dtype) -> PreTrainedMod
     ConfigError
         Unknown shape.
     """
-    if shape not in SHAPES:
-        raise ConfigError(f"shape is {shape!r}; {', '.join(SHAPES)} are accepted")
-    settings = dict(SHAPES[shape])
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings, pad_token_id=0, eos_token_id=None)
+    config = shape_config(shape)
     torch.manual_seed(0)
     with torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     model.train(False)
     return model
+
+
+def shape_config(shape: str) -> PreTrainedConfig:
+    """Return the configuration of a shape.
+
+    Raises
+    ------
+    ConfigError
+        Unknown shape.
+    """
+    if shape not in SHAPES:
+        raise ConfigError(f"shape is {shape!r}; {', '.join(SHAPES)} are accepted")
+    settings = dict(SHAPES[shape])
+    config: PreTrainedConfig = AutoConfig.for_model(
+        settings.pop("model_type"), **settings, pad_token_id=0, eos_token_id=None
+    )
+    return config
 
 
 def repeat(step: Callable[[int], Any], indices: range) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own habit
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -113,15 +112,9 @@ def stream_nll(
         Called with the tokens of each row fed so far.
     """
     stream = decoding.Stream(model, cache)
-    losses, previous = [], None
+    losses = []
     for at in range(0, ids.shape[1], chunk):
-        part = ids[:, at : at + chunk]
-        logits = stream.feed(part).float()
-        if previous is not None:
-            losses.append(F.cross_entropy(previous, part[:, 0], reduction="none")[:, None])
-        if part.shape[1] > 1:
-            losses.append(F.cross_entropy(logits[:, :-1].transpose(1, 2), part[:, 1:], reduction="none"))
-        previous = logits[:, -1]
+        losses.append(stream.score(ids[:, at : at + chunk]))
         if report is not None:
             report(min(at + chunk, ids.shape[1]))
     return torch.cat(losses, 1).cpu()

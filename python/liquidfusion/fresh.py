@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from liquidfusion import models
-from liquidfusion.cache import KVCache, make_spec
+from liquidfusion.cache import KVCache
 from liquidfusion.install import CACHE_KEYWORDS, cache_keyword
 
 
@@ -40,11 +40,7 @@ def use(model: PreTrainedModel, strategy: str = "liquid_fusion", **parameters: A
     ...     pipeline("text-generation", model=model, tokenizer=tokenizer)(prompt)
     """
     models.check(model)
-    if parameters.get("cache_size") is None:
-        KVCache(model, strategy, **parameters)
-    else:
-        checked = {k: v for k, v in parameters.items() if k not in ("prompt_tokens", "threads")}
-        make_spec(strategy, checked.pop("budget", None), prompt_tokens=1, **checked)
+    KVCache(model, strategy, **({"prompt_tokens": 1} | parameters))
     had_own = "generate" in model.__dict__
     original: Callable[..., Any] = model.generate  # type: ignore[assignment]
 

@@ -1,0 +1,122 @@
+"""The parts of a report that `speed` and `stream` fill: time against context, throughput, and a stream as it goes."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from liquidfusion.bench.charts import Chart, Point, Section, Series, short
+from liquidfusion.bench.options import strategy_names
+from liquidfusion.bench.output import number
+
+_CACHES = ("KVCache, compiled graph", "KVCache, graph", "DynamicCache", "StaticCache, compiled")
+
+
+def speed(document: dict[str, Any]) -> Section:
+    """Return the section of a result of ``speed``."""
+    metadata, figures = document["metadata"], document["figures"]
+    model = str(metadata["model_name"])
+    charts = {
+        f"speed-{model}-decode": _decode(model, figures, metadata["contexts"]),
+        f"speed-{model}-throughput": _throughput(model, figures),
+    }
+    failures = [[name, f"failed: {reason}"] for name, reason in document["failures"].items()]
+    return Section(
+        "speed",
+        f"{model}, random weights, budget {metadata['budget']}",
+        "Time decode and prefill beside transformers' own caches. A bounded step costs the same at every context.",
+        {stem: chart for stem, chart in charts.items() if chart.series},
+        "medians",
+        ["figure", "value"],
+        [[name, f"{value:.4g}"] for name, value in figures.items()] + failures,
+    )
+
+
+def _decode(model: str, figures: dict[str, float], contexts: Sequence[int]) -> Chart:
+    lines: dict[str, list[Point]] = {name: [] for name in _CACHES}
+    for name, figure in zip(_CACHES, ("ours, compile, ms", "ours, graph, ms"), strict=False):
+        if figure in figures:
+            lines[name] = [Point(float(context), figures[figure]) for context in sorted(contexts)]
+    for name, value in figures.items():
+        if match := re.fullmatch(r"(DynamicCache|StaticCache\+compile) (\d+), ms", name):
+            lines[_CACHES[2 + (match[1] != "DynamicCache")]].append(Point(float(match[2]), value))
+    floor = figures.get("floor B=1, ms")
+    reference = None if floor is None else ("floor: read weights and slots", Point(0.0, floor))
+    return Chart(
+        f"decode step of one sequence, {model}",
+        "context (tokens)",
+        "ms per token",
+        _series(lines),
+        reference,
+        zero=True,
+    )
+
+
+def _throughput(model: str, figures: dict[str, float]) -> Chart:
+    lines: dict[str, list[Point]] = {name: [] for name in _CACHES}
+    for name, value in figures.items():
+        if match := re.fullmatch(r"B=(\d+), (graph|compile), tokens/s", name):
+            lines[_CACHES[match[2] == "graph"]].append(Point(float(match[1]), value))
+        elif match := re.fullmatch(r"StaticCache B=(\d+) at (\d+), tokens/s", name):
+            lines.setdefault(f"StaticCache at {short(int(match[2]))}", []).append(Point(float(match[1]), value))
+    return Chart(f"throughput, {model}", "sequences at once", "tokens/s", _series(lines), zero=True)
+
+
+def _series(lines: dict[str, list[Point]]) -> list[Series]:
+    return [
+        Series(name, sorted(points, key=lambda point: point.x), look)
+        for look, (name, points) in enumerate(lines.items())
+        if points
+    ]
+
+
+def streams(documents: Sequence[dict[str, Any]]) -> list[Section]:
+    """Return a section for each model whose streams were measured."""
+    models = dict.fromkeys(document["metadata"]["model_name"] for document in documents)
+    return [_stream(model, [d for d in documents if d["metadata"]["model_name"] == model]) for model in models]
+
+
+def _stream(model: str, documents: Sequence[dict[str, Any]]) -> Section:
+    kinds = (
+        ("perplexity", "perplexity", "perplexity of each stretch", 1.0, False),
+        ("step_ms", "ms per call", "time of a call", 1.0, True),
+        ("resident_bytes", "memory in use (MiB)", "memory", 2.0**20, True),
+    )
+    charts, names = {}, strategy_names()
+    for name, label, title, scale, zero in kinds:
+        lines = []
+        for at, document in enumerate(documents):
+            strategy = document["metadata"]["strategy"]
+            points = [
+                Point(float(row["tokens"]), row[name] / scale) for row in document["windows"] if row[name] is not None
+            ]
+            if points:
+                lines.append(Series(_label(document), points, names.index(strategy), at))
+        if lines:
+            charts[f"stream-{model.replace('/', '-')}-{name}"] = Chart(
+                f"{title}, {model}", "tokens fed", label, lines, log=False, zero=zero
+            )
+    header = ["cache", "tokens", "perplexity", "ms per call, first", "ms per call, last", "cache", "peak"]
+    body = []
+    for document in documents:
+        rows = document["windows"]
+        ends = [0, *(row["tokens"] for row in rows)]
+        loss = sum(math.log(row["perplexity"]) * (row["tokens"] - end) for row, end in zip(rows, ends, strict=False))
+        body.append(
+            [
+                _label(document),
+                number(rows[-1]["tokens"]),
+                number(math.exp(loss / ends[-1])),
+                number(rows[0]["step_ms"]),
+                number(rows[-1]["step_ms"]),
+                number(rows[-1]["cache_bytes"], "bytes"),
+                number(rows[-1]["peak_bytes"], "bytes"),
+            ]
+        )
+    summary = "A text without end goes through one cache."
+    return Section("stream", model, summary, charts, "perplexity of the whole text, time and memory", header, body)
+
+
+def _label(document: dict[str, Any]) -> str:
+    used = document["metadata"]["budgets_used"]
+    return f"{document['metadata']['strategy']}, {f'{used[0]} tokens' if used else 'all tokens'}"

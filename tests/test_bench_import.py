@@ -1,0 +1,38 @@
+"""The package imports at once: what needs torch comes when it is first asked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import liquidfusion as lf
+
+
+def heavy(code: str) -> set[str]:
+    """Which of the slow packages a fresh interpreter has imported after `code`."""
+    code += "\nimport sys; print(*(sys.modules.keys() & {'torch', 'transformers'}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--version", "run --help", "strategies"])
+def test_command_line_does_not_wait_for_torch(arguments: str) -> None:
+    assert heavy(f"from liquidfusion.bench.cli import main\nassert main({arguments.split()}) == 0") == set()
+
+
+def test_names() -> None:
+    assert heavy("import liquidfusion as lf\ndir(lf), lf.strategies(), lf.ConfigError") == set()
+    assert set(lf.__all__) <= set(dir(lf))
+    # a submodule of the same name must not take the function's place
+    import liquidfusion.cache
+    import liquidfusion.fresh
+    import liquidfusion.install
+
+    assert all(getattr(lf, name) is not None for name in lf.__all__)
+    assert lf.KVCache is liquidfusion.cache.KVCache
+    assert lf.use is liquidfusion.fresh.use
+    assert lf.uninstall is liquidfusion.install.uninstall
+    with pytest.raises(AttributeError, match="'liquidfusion' has no attribute 'KVCash'"):
+        lf.KVCash  # noqa: B018
