@@ -29,8 +29,8 @@ pub fn name() -> &'static str {
 
 /// Operations written per instruction set.
 pub(crate) trait Lanes: Copy {
-    /// Write the indices of the keys above `low` to `out`, ascending, as many as fit, and return how many were written.
-    fn above(self, keys: &[i32], low: i32, out: &mut [i32]) -> usize;
+    /// Write the indices of the keys above (or else below) `bound` to `out`, ascending, as many as fit, and return how many were written.
+    fn indices<const ABOVE: bool>(self, keys: &[i32], bound: i32, out: &mut [i32]) -> usize;
 }
 
 /// Work compiled for each instruction set.
@@ -69,20 +69,20 @@ pub(crate) fn dispatch<W: Work>(work: W) -> W::Output {
 struct Portable;
 
 #[inline(always)]
-fn above_from(first: usize, keys: &[i32], low: i32, out: &mut [i32], mut count: usize) -> usize {
+fn indices_from<const ABOVE: bool>(first: usize, keys: &[i32], bound: i32, out: &mut [i32], mut count: usize) -> usize {
     for (i, &key) in keys.iter().enumerate().skip(first) {
         let Some(next) = out.get_mut(count) else { break };
         // Always written, kept only if it matches: no branch to predict.
         *next = i as i32;
-        count += usize::from(key > low);
+        count += usize::from(if ABOVE { key > bound } else { key < bound });
     }
     count
 }
 
 impl Lanes for Portable {
     #[inline(always)]
-    fn above(self, keys: &[i32], low: i32, out: &mut [i32]) -> usize {
-        above_from(0, keys, low, out, 0)
+    fn indices<const ABOVE: bool>(self, keys: &[i32], bound: i32, out: &mut [i32]) -> usize {
+        indices_from::<ABOVE>(0, keys, bound, out, 0)
     }
 }
 
@@ -113,10 +113,10 @@ static SET_LANES: [[u8; 16]; 256] = {
 #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
 impl Lanes for Avx2 {
     #[inline(always)]
-    fn above(self, keys: &[i32], low: i32, out: &mut [i32]) -> usize {
+    fn indices<const ABOVE: bool>(self, keys: &[i32], bound: i32, out: &mut [i32]) -> usize {
         let Self(simd) = self;
         let (avx, avx2) = (simd.avx, simd.avx2);
-        let (low8, eight) = (avx._mm256_set1_epi32(low), avx._mm256_set1_epi32(8));
+        let (bounds, eight) = (avx._mm256_set1_epi32(bound), avx._mm256_set1_epi32(8));
         let mut first = avx._mm256_setzero_si256();
         let (eights, _) = keys.as_chunks::<8>();
         let (mut count, mut done) = (0, 8 * eights.len());
@@ -127,15 +127,17 @@ impl Lanes for Avx2 {
                 done = 8 * i;
                 break;
             }
-            let above = avx2._mm256_cmpgt_epi32(pulp::cast(eight_keys), low8);
-            let mask = avx._mm256_movemask_ps(avx._mm256_castsi256_ps(above)) as usize;
+            let keys = pulp::cast(eight_keys);
+            let (more, less) = if ABOVE { (keys, bounds) } else { (bounds, keys) };
+            let matches = avx2._mm256_cmpgt_epi32(more, less);
+            let mask = avx._mm256_movemask_ps(avx._mm256_castsi256_ps(matches)) as usize;
             let lanes = avx2._mm256_cvtepu8_epi32(pulp::cast(SET_LANES[mask & 255]));
             let indices = avx2._mm256_add_epi32(lanes, first);
             out[count..count + 8].copy_from_slice(&pulp::cast::<_, [i32; 8]>(indices));
             count += mask.count_ones() as usize;
             first = avx2._mm256_add_epi32(first, eight);
         }
-        above_from(done, keys, low, out, count)
+        indices_from::<ABOVE>(done, keys, bound, out, count)
     }
 }
 
@@ -143,27 +145,32 @@ impl Lanes for Avx2 {
 mod tests {
     use super::*;
 
-    struct Above<'a>(&'a [i32], i32);
+    struct Indices<'a, const ABOVE: bool>(&'a [i32], i32);
 
-    impl Work for Above<'_> {
+    impl<const ABOVE: bool> Work for Indices<'_, ABOVE> {
         type Output = Vec<i32>;
 
         fn run<L: Lanes>(self, lanes: L) -> Vec<i32> {
             let mut out = vec![0; self.0.len()];
-            let count = lanes.above(self.0, self.1, &mut out);
+            let count = lanes.indices::<ABOVE>(self.0, self.1, &mut out);
             out.truncate(count);
             out
         }
     }
 
     #[test]
-    fn above_agrees_with_a_filter() {
+    fn indices_agree_with_a_filter() {
         let keys: Vec<i32> = (0..203).map(|i: i32| i.wrapping_mul(0x9E37_79B1_u32 as i32) >> 1 & 0xff).collect();
         for len in [0, 1, 7, 8, 9, 64, 203] {
-            for low in [-1, 0, 100, 200, 300] {
-                let naive: Vec<i32> = (0..len).filter(|&i| keys[i] > low).map(|i| i as i32).collect();
-                assert_eq!(dispatch(Above(&keys[..len], low)), naive);
-                assert_eq!(Above(&keys[..len], low).run(Portable), naive);
+            for bound in [-1, 0, 100, 200, 300] {
+                let naive = |matches: &dyn Fn(i32) -> bool| -> Vec<i32> {
+                    (0..len).filter(|&i| matches(keys[i])).map(|i| i as i32).collect()
+                };
+                let (above, below) = (naive(&|key| key > bound), naive(&|key| key < bound));
+                assert_eq!(dispatch(Indices::<true>(&keys[..len], bound)), above);
+                assert_eq!(dispatch(Indices::<false>(&keys[..len], bound)), below);
+                assert_eq!(Indices::<true>(&keys[..len], bound).run(Portable), above);
+                assert_eq!(Indices::<false>(&keys[..len], bound).run(Portable), below);
             }
         }
     }
