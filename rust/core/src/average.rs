@@ -23,16 +23,6 @@ impl Average {
             Self { gap: spec.look_gap() as i32, table }
         })
     }
-
-    /// The factors by the number of queries, the last one that of any more; `None` where it is one over the number.
-    pub(crate) fn table(&self) -> Option<&[f32]> {
-        self.table.as_deref()
-    }
-
-    /// The position that no query has looked at which counts, when `seen` is one more than the newest position.
-    pub(crate) fn newest(&self, seen: i32) -> i32 {
-        seen.saturating_sub(self.gap).max(0)
-    }
 }
 
 /// Queries that could look at the token at `position`. Of two numbers that are not negative the difference always fits.
@@ -50,21 +40,39 @@ pub(crate) trait Judge: Copy {
     fn judged(self, mass: f32, word: i32) -> f32;
 }
 
+/// What is to be done with a judge.
+pub(crate) trait WithJudge {
+    /// Do it; mark it `#[inline(always)]`.
+    fn run(self, judge: impl Judge);
+}
+
+/// Do `work` by the average, or else by the mass itself; `seen` is one more than the newest position.
+#[inline(always)]
+pub(crate) fn judge(average: Option<&Average>, seen: i32, work: impl WithJudge) {
+    let Some(average) = average else { return work.run(Plain) };
+    // The position that no query has looked at which counts.
+    let newest = seen.saturating_sub(average.gap).max(0);
+    match &average.table {
+        Some(table) => work.run(PerWeight { newest, table }),
+        None => work.run(PerQuery { newest }),
+    }
+}
+
 /// The mass itself.
 #[derive(Clone, Copy)]
-pub(crate) struct Plain;
+struct Plain;
 
 /// The mass per query that could look, where none fades.
 #[derive(Clone, Copy)]
-pub(crate) struct PerQuery {
-    pub(crate) newest: i32,
+struct PerQuery {
+    newest: i32,
 }
 
 /// The mass per weight of the queries that could look, whose inverse is in a table.
 #[derive(Clone, Copy)]
-pub(crate) struct PerWeight<'a> {
-    pub(crate) newest: i32,
-    pub(crate) table: &'a [f32],
+struct PerWeight<'a> {
+    newest: i32,
+    table: &'a [f32],
 }
 
 impl Judge for Plain {
@@ -133,6 +141,22 @@ mod tests {
     use super::*;
     use crate::spec::Request;
 
+    struct Fill<'a> {
+        positions: &'a [i32],
+        mass: &'a [f32],
+        looks: &'a mut [f32],
+    }
+
+    impl WithJudge for Fill<'_> {
+        fn run(self, judge: impl Judge) {
+            let mut words = vec![0; self.mass.len()];
+            judge.prepare(self.positions, &mut words);
+            for (look, (&mass, word)) in self.looks.iter_mut().zip(self.mass.iter().zip(words)) {
+                *look = judge.judged(mass, word);
+            }
+        }
+    }
+
     #[test]
     fn an_even_look_gives_every_age_the_same_average() {
         for rate in [0.0, 0.01, 0.3, 1.0] {
@@ -145,16 +169,9 @@ mod tests {
             let mass = positions.map(|position| {
                 (0..seen - position - spec.look_gap() as i32).map(|age| 0.25 * decay.powi(age)).sum::<f64>() as f32
             });
-            let newest = average.newest(seen);
-            let mut words = [0; 6];
-            for (i, mass) in mass.into_iter().enumerate() {
-                let look = if let Some(table) = average.table() {
-                    PerWeight { newest, table }.prepare(&positions, &mut words);
-                    PerWeight { newest, table }.judged(mass, words[i])
-                } else {
-                    PerQuery { newest }.prepare(&positions, &mut words);
-                    PerQuery { newest }.judged(mass, words[i])
-                };
+            let mut looks = [0.0; 6];
+            judge(Some(&average), seen, Fill { positions: &positions, mass: &mass, looks: &mut looks });
+            for look in looks {
                 assert!((look - 0.25).abs() < 1e-4, "rate {rate}: {look}");
             }
         }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::average::{Average, Judge, PerQuery, PerWeight, Plain};
+use crate::average::{self, Average, Judge, WithJudge};
 use crate::budget::Split;
 use crate::select::{Cut, FINITE, Field, Hint, OUTSIDE, cut, valid};
 use crate::simd::{self, Lanes, Work};
@@ -86,10 +86,16 @@ pub(crate) struct Scratch {
     /// Columns that stay, ascending.
     pub(crate) kept: Vec<i32>,
     by_position: Vec<u64>,
-    /// Keys of the candidates still in contest, `OUTSIDE` for others.
+    /// Keys of the peaks of candidates still in contest, `OUTSIDE` for others.
+    keys: Vec<i32>,
+    /// Keys of what the masses are worth.
     mass: Vec<i32>,
-    peak: Vec<i32>,
-    order: Vec<i32>,
+    /// Slots left for the mass, their positions and their masses.
+    left: Vec<i32>,
+    positions: Vec<i32>,
+    masses: Vec<i32>,
+    chosen: Vec<i32>,
+    ties: Vec<i32>,
     /// Where the searches for sinks, peak and mass ended last.
     hints: [Hint; 3],
 }
@@ -102,6 +108,13 @@ struct Found {
     contest: Field,
 }
 
+/// Grow a buffer whose contents do not matter.
+fn at_least(buffer: &mut Vec<i32>, n: usize) {
+    if buffer.len() < n {
+        buffer.resize(n, 0);
+    }
+}
+
 struct Decision<'a> {
     scratch: &'a mut Scratch,
     candidates: Candidates<'a>,
@@ -109,9 +122,9 @@ struct Decision<'a> {
 }
 
 /// Candidates looked at together: they stay in the first-level cache.
-const BLOCK: usize = 512;
+const BLOCK: usize = 256;
 
-/// What a look at the candidates finds out.
+/// What is counted while looking.
 struct Tally {
     contest: Range<i32>,
     stored: usize,
@@ -124,58 +137,58 @@ struct Tally {
 }
 
 impl Tally {
+    /// Fill `keys` with those of the peaks, or zeros where `by_peak` is false, and with `OUTSIDE` for positions outside the contest.
     #[inline(always)]
-    fn count(&mut self, positions: &[i32]) {
-        let (mut stored, mut old, mut recent) = (0, 0, 0);
-        for &position in positions {
-            stored += u32::from(position >= 0);
-            old += u32::from(position < self.contest.start);
-            recent += u32::from(position >= self.contest.end);
+    fn scores(&mut self, positions: &[i32], scores: Scores<'_>, by_peak: bool, keys: &mut [i32]) {
+        let chosen = if by_peak { OUTSIDE } else { 0 };
+        let (mut counts, mut worst) = (Counts::default(), 0);
+        for ((key, (&mass, &peak)), &position) in
+            keys.iter_mut().zip(scores.mass.iter().zip(scores.peak)).zip(positions)
+        {
+            worst = worst.max(mass.to_bits()).max(peak.to_bits());
+            *key = (peak.to_bits() as i32 & chosen) | counts.outside(position, &self.contest);
         }
-        self.stored += stored as usize;
-        self.older += old as usize + stored as usize - positions.len();
-        self.recent += recent as usize;
-    }
-
-    /// Turn scores into keys, those of positions outside the contest into `OUTSIDE`.
-    #[inline(always)]
-    fn scores(&mut self, positions: &[i32], scores: Scores<'_>, keys: (&mut [i32], &mut [i32]), judge: impl Judge) {
-        let contest = self.contest.clone();
-        let mut worst = 0;
-        let keys = keys.0.chunks_mut(BLOCK).zip(keys.1.chunks_mut(BLOCK));
-        let scores = scores.mass.chunks(BLOCK).zip(scores.peak.chunks(BLOCK));
-        for (positions, (keys, scores)) in positions.chunks(BLOCK).zip(keys.zip(scores)) {
-            self.count(positions);
-            judge.prepare(positions, keys.0);
-            let keys = keys.0.iter_mut().zip(&mut *keys.1);
-            let scores = scores.0.iter().zip(scores.1);
-            for (((mass_key, peak_key), (&mass, &peak)), &position) in keys.zip(scores).zip(positions) {
-                worst = worst.max(mass.to_bits()).max(peak.to_bits());
-                let outside = outside(position, &contest);
-                *mass_key = judge.judged(mass, *mass_key).to_bits() as i32 | outside;
-                *peak_key = peak.to_bits() as i32 | outside;
-            }
-        }
+        self.add(counts, positions.len());
         self.worst = self.worst.max(worst);
     }
 
     /// As `scores`, where every token is worth the same.
     #[inline(always)]
     fn positions(&mut self, positions: &[i32], keys: &mut [i32]) {
-        let contest = self.contest.clone();
-        self.count(positions);
+        let mut counts = Counts::default();
         for (key, &position) in keys.iter_mut().zip(positions) {
-            *key = outside(position, &contest);
+            *key = counts.outside(position, &self.contest);
         }
+        self.add(counts, positions.len());
+    }
+
+    fn add(&mut self, Counts { empty, older, recent }: Counts, looked: usize) {
+        self.stored += looked - empty as usize;
+        self.older += (older - empty) as usize;
+        self.recent += recent as usize;
     }
 }
 
-/// `OUTSIDE` for positions outside the contest, 0 for others.
-#[inline(always)]
-fn outside(position: i32, contest: &Range<i32>) -> i32 {
-    let outside = i32::from(position < contest.start) | i32::from(position >= contest.end);
-    // Plain integer arithmetic is what the compiler vectorises best.
-    ((-outside) as u32 >> 1) as i32
+/// Counts of positions, in 32 bits for the sake of the vectors.
+#[derive(Default)]
+struct Counts {
+    empty: u32,
+    /// Before the contest, empty ones included.
+    older: u32,
+    recent: u32,
+}
+
+impl Counts {
+    /// `OUTSIDE` for a position outside the contest, 0 for others.
+    #[inline(always)]
+    fn outside(&mut self, position: i32, contest: &Range<i32>) -> i32 {
+        let (older, recent) = (position < contest.start, position >= contest.end);
+        self.empty += u32::from(position < 0);
+        self.older += u32::from(older);
+        self.recent += u32::from(recent);
+        // Plain integer arithmetic is what the compiler vectorises best.
+        (-(i32::from(older) | i32::from(recent)) as u32 >> 1) as i32
+    }
 }
 
 impl Scratch {
@@ -193,56 +206,45 @@ impl Scratch {
         self.by_position.iter().map(|&entry| entry as i32)
     }
 
-    /// Check the scores, turn those outside sinks and recent window into keys, and count what there is.
+    /// Check the scores, find who contends, and count what there is.
     #[inline(always)]
-    fn load(
+    fn look(
         &mut self,
         newest: i32,
         pinned: i32,
         candidates: &Candidates<'_>,
-        average: Option<&Average>,
+        by_peak: bool,
     ) -> Result<Found, BadScore> {
-        let n = candidates.len();
-        self.mass.resize(n, 0);
-        self.peak.resize(n, 0);
+        self.keys.resize(candidates.len(), 0);
         let contest = pinned..newest.max(pinned);
         let mut tally = Tally { contest: contest.clone(), stored: 0, older: 0, recent: 0, worst: 0 };
-        let at = candidates.stored.len();
-        let (mass, peak) = (self.mass.split_at_mut(at), self.peak.split_at_mut(at));
-        for (positions, mass_keys, peak_keys, part) in
-            [(candidates.stored, mass.0, peak.0, 0..at), (candidates.columns, mass.1, peak.1, at..n)]
-        {
-            let Some(Scores { mass, peak }) = candidates.scores else {
-                tally.positions(positions, mass_keys);
-                continue;
-            };
-            let (scores, keys) = (Scores { mass: &mass[part.clone()], peak: &peak[part] }, (mass_keys, peak_keys));
-            match average.map(|average| (average.newest(candidates.seen), average.table())) {
-                None => tally.scores(positions, scores, keys, Plain),
-                Some((newest, None)) => tally.scores(positions, scores, keys, PerQuery { newest }),
-                Some((newest, Some(table))) => tally.scores(positions, scores, keys, PerWeight { newest, table }),
+        let (stored_keys, column_keys) = self.keys.split_at_mut(candidates.stored.len());
+        let parts = [(candidates.stored, stored_keys, 0), (candidates.columns, column_keys, candidates.stored.len())];
+        for (positions, keys, from) in parts {
+            if let Some(Scores { mass, peak }) = candidates.scores {
+                let scores = Scores { mass: &mass[from..], peak: &peak[from..] };
+                tally.scores(positions, scores, by_peak, keys);
+            } else {
+                tally.positions(positions, keys);
             }
+        }
+        // It may have been a -0.0, which equals 0.0, or that of no candidate.
+        if tally.worst > FINITE
+            && let Some(bad) = candidates.find_bad()
+        {
+            return Err(bad);
         }
         let Tally { stored, older: mut sinks, mut recent, worst, .. } = tally;
-        if worst > FINITE {
-            if let Some(bad) = candidates.find_bad() {
-                return Err(bad);
-            }
-            // It was a -0.0, which equals 0.0, or belongs to no candidate.
-            for key in self.mass.iter_mut().chain(&mut self.peak) {
-                *key &= i32::MAX;
-            }
-        }
         let mut contenders = stored - sinks - recent;
-        for slot in candidates.queued() {
-            let position = candidates.stored[slot];
-            if position >= contest.end {
-                recent -= 1;
-            } else if position >= contest.start {
-                contenders -= 1;
-                (self.mass[slot], self.peak[slot]) = (OUTSIDE, OUTSIDE);
-            } else if position >= 0 {
-                sinks -= 1;
+        for part in candidates.queued {
+            for &slot in part {
+                let position = candidates.stored[slot as usize];
+                let (is_stored, is_recent) = (usize::from(position >= 0), usize::from(position >= contest.end));
+                let contends = usize::from(position >= contest.start) - is_recent;
+                recent -= is_recent;
+                contenders -= contends;
+                sinks -= is_stored - is_recent - contends;
+                self.keys[slot as usize] = OUTSIDE;
             }
         }
         Ok(Found { sinks, recent, contest: Field { count: contenders, most: worst.min(FINITE) as i32 } })
@@ -250,35 +252,79 @@ impl Scratch {
 
     /// The position from which exactly `window` candidates that are no pinned sinks are found.
     fn newest(&mut self, window: usize, pinned: i32, candidates: &Candidates<'_>) -> i32 {
-        self.order.clear();
-        self.order.extend(candidates.positions().into_iter().filter(|&p| p >= pinned));
-        match self.order.len().checked_sub(window) {
-            Some(from) if from < self.order.len() => *self.order.select_nth_unstable(from).1,
+        self.ties.clear();
+        self.ties.extend(candidates.positions().into_iter().filter(|&p| p >= pinned));
+        match self.ties.len().checked_sub(window) {
+            Some(from) if from < self.ties.len() => *self.ties.select_nth_unstable(from).1,
             Some(_) => i32::MAX,
             None => 0,
         }
     }
 }
 
-/// Take the tokens that `cut` takes by `keys` out of the contest for `others`.
+/// All ones where `a < b`, else 0, neither being below -1. Selecting with a comparison would be compiled to masked stores, which some
+/// machines execute in dozens of cycles.
 #[inline(always)]
-fn protect(cut: Cut, keys: &[i32], others: &mut [i32], candidates: &Candidates<'_>) {
-    // `OUTSIDE` where `a < b`, else 0, neither being negative. Selecting with a comparison would be compiled to masked stores, which
-    // some machines execute in dozens of cycles.
-    let less = |a: i32, b: i32| (((a - b) >> 31) as u32 >> 1) as i32;
+fn less(a: i32, b: i32) -> i32 {
+    (a - b) >> 31
+}
+
+/// Where `keys` must reach to be taken by `cut`. Those equal to its key are moved to either side first, by their positions, which
+/// come in two parts.
+#[inline(always)]
+fn settle(cut: Cut, keys: &mut [i32], positions: [&[i32]; 2]) -> i32 {
     if cut.position == 0 {
-        for (&key, other) in keys.iter().zip(others) {
-            *other |= less(cut.key - 1, key);
+        return cut.key;
+    }
+    let (first, second) = keys.split_at_mut(positions[0].len());
+    for (keys, positions) in [(first, positions[0]), (second, positions[1])] {
+        for (key, &position) in keys.iter_mut().zip(positions) {
+            *key += i32::from(*key == cut.key) & i32::from(position >= cut.position);
         }
-    } else {
-        let (stored, columns) = others.split_at_mut(candidates.stored.len());
-        let (stored_keys, column_keys) = keys.split_at(stored.len());
-        for (keys, others, positions) in
-            [(stored_keys, stored, candidates.stored), (column_keys, columns, candidates.columns)]
-        {
-            for ((&key, other), &position) in keys.iter().zip(others).zip(positions) {
-                *other |= less(cut.key, key) | (less(cut.key - 1, key) & less(cut.position - 1, position.max(0)));
+    }
+    cut.key + 1
+}
+
+/// Turn the masses of all whose key is below `taken` into keys in `out`, and others into `OUTSIDE`.
+struct All<'a> {
+    candidates: &'a Candidates<'a>,
+    mass: &'a [f32],
+    keys: &'a [i32],
+    taken: i32,
+    out: &'a mut [i32],
+}
+
+impl WithJudge for All<'_> {
+    #[inline(always)]
+    fn run(self, judge: impl Judge) {
+        let Self { candidates, mass, keys, taken, out } = self;
+        let at = candidates.stored.len();
+        let (stored, columns) = out.split_at_mut(at);
+        for (positions, out, from) in [(candidates.stored, stored, 0), (candidates.columns, columns, at)] {
+            let given = mass[from..].chunks(BLOCK).zip(keys[from..].chunks(BLOCK));
+            for ((positions, out), (mass, keys)) in positions.chunks(BLOCK).zip(out.chunks_mut(BLOCK)).zip(given) {
+                judge.prepare(positions, out);
+                for ((word, &mass), &key) in out.iter_mut().zip(mass).zip(keys) {
+                    *word = ((judge.judged(mass, *word).to_bits() as i32) | less(taken - 1, key)) & OUTSIDE;
+                }
             }
+        }
+    }
+}
+
+/// Turn masses (bits), side by side, into keys in `out`.
+struct Few<'a> {
+    positions: &'a [i32],
+    mass: &'a [i32],
+    out: &'a mut [i32],
+}
+
+impl WithJudge for Few<'_> {
+    #[inline(always)]
+    fn run(self, judge: impl Judge) {
+        judge.prepare(self.positions, self.out);
+        for (word, &mass) in self.out.iter_mut().zip(self.mass) {
+            *word = judge.judged(f32::from_bits(mass as u32), *word).to_bits() as i32 & OUTSIDE;
         }
     }
 }
@@ -289,58 +335,87 @@ impl Work for Decision<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) -> Result<(), BadScore> {
         let Self { scratch, candidates, rule } = self;
-        let split = rule.split;
-        let seen = candidates.seen;
+        let (split, seen) = (rule.split, candidates.seen);
+        let by_peak = split.peak > 0;
         let pinned = if rule.sinks == Sinks::Pinned { split.sinks as i32 } else { 0 };
         // As a rule every sink and every token of the recent window is stored, which one look proves; else look closely.
         let mut window = split.recent + (pinned - seen).max(0) as usize;
-        let mut found = scratch.load(seen.saturating_sub(window as i32), pinned, &candidates, rule.average)?;
+        let mut found = scratch.look(seen.saturating_sub(window as i32), pinned, &candidates, by_peak)?;
         let missing = pinned as usize - found.sinks;
         if split.recent + missing != window || found.recent != window {
             window = split.recent + missing;
             let newest = scratch.newest(window, pinned, &candidates);
-            found = scratch.load(newest, pinned, &candidates, rule.average)?;
+            found = scratch.look(newest, pinned, &candidates, by_peak)?;
         }
 
-        let Scratch { victims, kept, mass, peak, order, hints: [by_sinks, by_peak, by_mass], .. } = scratch;
+        let Scratch { victims, kept, keys, mass, left, positions, masses, chosen, ties, hints, .. } = scratch;
+        let [by_sinks, by_peaks, by_mass] = hints;
         let position = |i: usize| candidates.position(i);
+        let all = [candidates.stored, candidates.columns];
         let mut contest = found.contest;
+        let n = candidates.len();
+        let all_mass = candidates.scores.map_or(&[][..], |scores| scores.mass);
         if rule.sinks == Sinks::Adaptive && split.sinks > 0 {
-            let cut = cut(mass, split.sinks, contest, by_sinks, position, order);
-            order.clear();
-            order.extend_from_slice(mass);
-            protect(cut, order, mass, &candidates);
-            protect(cut, order, peak, &candidates);
+            mass.resize(n, 0);
+            average::judge(
+                rule.average,
+                seen,
+                All { candidates: &candidates, mass: all_mass, keys, taken: OUTSIDE, out: mass },
+            );
+            let taken = settle(cut(mass, split.sinks, contest, by_sinks, position, ties), mass, all);
+            for (key, &mass) in keys.iter_mut().zip(&*mass) {
+                *key |= less(taken - 1, mass) & OUTSIDE;
+            }
             contest.count = contest.count.saturating_sub(split.sinks);
         }
-        if split.peak > 0 {
-            let cut = cut(peak, split.peak, contest, by_peak, position, order);
-            protect(cut, peak, mass, &candidates);
+        let mut taken = OUTSIDE;
+        if by_peak {
+            taken = settle(cut(keys, split.peak, contest, by_peaks, position, ties), keys, all);
             contest.count = contest.count.saturating_sub(split.peak);
         }
-        let cut = cut(mass, split.mass, contest, by_mass, position, order);
-        if cut.position > 0 {
-            // The newer of equal tokens stay.
-            let (stored, columns) = mass.split_at_mut(candidates.stored.len());
-            for (keys, positions) in [(stored, candidates.stored), (columns, candidates.columns)] {
-                for (key, &position) in keys.iter_mut().zip(positions) {
-                    *key += i32::from(*key == cut.key) & i32::from(position >= cut.position);
-                }
+        if split.mass > 0 && candidates.columns.is_empty() && contest.count <= n / 2 {
+            // Few are left: look at those only.
+            for buffer in [&mut *left, positions, masses] {
+                at_least(buffer, n);
             }
+            let values = [candidates.stored, bytemuck::cast_slice(all_mass)];
+            let count = lanes.pack(keys, taken, values, [left, positions, masses]);
+            let (left, positions) = (&left[..count], &positions[..count]);
+            at_least(mass, count);
+            let mass = &mut mass[..count];
+            average::judge(rule.average, seen, Few { positions, mass: &masses[..count], out: mass });
+            let cut = cut(mass, split.mass, contest, by_mass, |i| positions[i], ties);
+            let taken = settle(cut, mass, [positions, &[]]);
+            at_least(chosen, count);
+            let count = lanes.indices::<false>(mass, taken, chosen);
+            kept.clear();
+            victims.clear();
+            victims.extend(chosen[..count].iter().map(|&i| left[i as usize]));
+            return Ok(());
         }
-        // Victims are below this key, all others at it or above.
-        let stay = cut.key + i32::from(cut.position > 0);
-        let (stored, columns) = mass.split_at_mut(candidates.stored.len());
-        victims.resize(stored.len(), 0);
-        let count = lanes.indices::<false>(stored, stay, victims);
-        victims.truncate(count);
+        let mut last = keys;
+        if split.mass > 0 {
+            mass.resize(n, 0);
+            average::judge(
+                rule.average,
+                seen,
+                All { candidates: &candidates, mass: all_mass, keys: last, taken, out: mass },
+            );
+            taken = settle(cut(mass, split.mass, contest, by_mass, position, ties), mass, all);
+            last = mass;
+        }
+        let (stored, columns) = last.split_at_mut(candidates.stored.len());
+        at_least(chosen, stored.len());
+        let count = lanes.indices::<false>(stored, taken, &mut chosen[..stored.len()]);
+        victims.clear();
+        victims.extend_from_slice(&chosen[..count]);
         // Padding is no victim, but does not stay.
         for (key, &position) in columns.iter_mut().zip(candidates.columns) {
             *key |= position >> 31;
         }
-        kept.resize(stored.len().min(columns.len()), 0);
-        let count = lanes.indices::<true>(columns, stay - 1, kept);
-        kept.truncate(count);
+        let count = lanes.indices::<true>(columns, taken - 1, &mut chosen[..stored.len()]);
+        kept.clear();
+        kept.extend_from_slice(&chosen[..count]);
         Ok(())
     }
 }

@@ -31,6 +31,10 @@ pub fn name() -> &'static str {
 pub(crate) trait Lanes: Copy {
     /// Write the indices of the keys above (or else below) `bound` to `out`, ascending, as many as fit, and return how many were written.
     fn indices<const ABOVE: bool>(self, keys: &[i32], bound: i32, out: &mut [i32]) -> usize;
+
+    /// Write the indices of the keys below `bound`, ascending, and what `values` hold there, side by side to `out`; returns how many.
+    /// All slices have one length.
+    fn pack(self, keys: &[i32], bound: i32, values: [&[i32]; 2], out: [&mut [i32]; 3]) -> usize;
 }
 
 /// Work compiled for each instruction set.
@@ -79,10 +83,33 @@ fn indices_from<const ABOVE: bool>(first: usize, keys: &[i32], bound: i32, out: 
     count
 }
 
+#[inline(always)]
+fn pack_from(
+    first: usize,
+    keys: &[i32],
+    bound: i32,
+    values: [&[i32]; 2],
+    out: [&mut [i32]; 3],
+    mut count: usize,
+) -> usize {
+    let [indices, a, b] = out;
+    let values = values[0].iter().zip(values[1]);
+    for (i, (&key, (&value_a, &value_b))) in keys.iter().zip(values).enumerate().skip(first) {
+        (indices[count], a[count], b[count]) = (i as i32, value_a, value_b);
+        count += usize::from(key < bound);
+    }
+    count
+}
+
 impl Lanes for Portable {
     #[inline(always)]
     fn indices<const ABOVE: bool>(self, keys: &[i32], bound: i32, out: &mut [i32]) -> usize {
         indices_from::<ABOVE>(0, keys, bound, out, 0)
+    }
+
+    #[inline(always)]
+    fn pack(self, keys: &[i32], bound: i32, values: [&[i32]; 2], out: [&mut [i32]; 3]) -> usize {
+        pack_from(0, keys, bound, values, out, 0)
     }
 }
 
@@ -118,26 +145,58 @@ impl Lanes for Avx2 {
         let (avx, avx2) = (simd.avx, simd.avx2);
         let (bounds, eight) = (avx._mm256_set1_epi32(bound), avx._mm256_set1_epi32(8));
         let mut first = avx._mm256_setzero_si256();
-        let (eights, _) = keys.as_chunks::<8>();
-        let (mut count, mut done) = (0, 8 * eights.len());
-        // Eight are written, whatever matches.
-        let last = out.len().wrapping_sub(8);
-        for (i, &eight_keys) in eights.iter().enumerate() {
-            if out.len() < 8 || count > last {
-                done = 8 * i;
+        let (pairs, _) = keys.as_chunks::<16>();
+        let (mut count, mut done) = (0, 16 * pairs.len());
+        for (i, keys) in pairs.iter().enumerate() {
+            // Eight are written for each half, whatever matches.
+            let Some(to) = out.get_mut(count..).and_then(|rest| rest.first_chunk_mut::<16>()) else {
+                done = 16 * i;
                 break;
+            };
+            let mut written = 0;
+            for half in keys.as_chunks::<8>().0 {
+                let half = pulp::cast(*half);
+                let (more, less) = if ABOVE { (half, bounds) } else { (bounds, half) };
+                let matches = avx2._mm256_cmpgt_epi32(more, less);
+                let mask = avx._mm256_movemask_ps(avx._mm256_castsi256_ps(matches)) as usize & 255;
+                let indices = avx2._mm256_add_epi32(avx2._mm256_cvtepu8_epi32(pulp::cast(SET_LANES[mask])), first);
+                to[written..written + 8].copy_from_slice(&pulp::cast::<_, [i32; 8]>(indices));
+                written += mask.count_ones() as usize;
+                first = avx2._mm256_add_epi32(first, eight);
             }
-            let keys = pulp::cast(eight_keys);
-            let (more, less) = if ABOVE { (keys, bounds) } else { (bounds, keys) };
-            let matches = avx2._mm256_cmpgt_epi32(more, less);
-            let mask = avx._mm256_movemask_ps(avx._mm256_castsi256_ps(matches)) as usize;
-            let lanes = avx2._mm256_cvtepu8_epi32(pulp::cast(SET_LANES[mask & 255]));
-            let indices = avx2._mm256_add_epi32(lanes, first);
-            out[count..count + 8].copy_from_slice(&pulp::cast::<_, [i32; 8]>(indices));
+            count += written;
+        }
+        indices_from::<ABOVE>(done, keys, bound, out, count)
+    }
+
+    #[inline(always)]
+    fn pack(self, keys: &[i32], bound: i32, values: [&[i32]; 2], out: [&mut [i32]; 3]) -> usize {
+        let Self(simd) = self;
+        let (avx, avx2) = (simd.avx, simd.avx2);
+        let (bounds, eight) = (avx._mm256_set1_epi32(bound), avx._mm256_set1_epi32(8));
+        let mut first = avx._mm256_setzero_si256();
+        let [indices, a, b] = out;
+        let (eights, _) = keys.as_chunks::<8>();
+        let [values_a, values_b] = values;
+        let values = values_a.as_chunks::<8>().0.iter().zip(values_b.as_chunks::<8>().0);
+        let mut count = 0;
+        for (eight_keys, (value_a, value_b)) in eights.iter().zip(values) {
+            let matches = avx2._mm256_cmpgt_epi32(bounds, pulp::cast(*eight_keys));
+            let mask = avx._mm256_movemask_ps(avx._mm256_castsi256_ps(matches)) as usize & 255;
+            let lanes = avx2._mm256_cvtepu8_epi32(pulp::cast(SET_LANES[mask]));
+            // Eight are written, whatever matches: as many as were read lie behind what was written before.
+            let packed = [
+                (&mut *indices, avx2._mm256_add_epi32(lanes, first)),
+                (&mut *a, avx2._mm256_permutevar8x32_epi32(pulp::cast(*value_a), lanes)),
+                (&mut *b, avx2._mm256_permutevar8x32_epi32(pulp::cast(*value_b), lanes)),
+            ];
+            for (out, packed) in packed {
+                out[count..count + 8].copy_from_slice(&pulp::cast::<_, [i32; 8]>(packed));
+            }
             count += mask.count_ones() as usize;
             first = avx2._mm256_add_epi32(first, eight);
         }
-        indices_from::<ABOVE>(done, keys, bound, out, count)
+        pack_from(8 * eights.len(), keys, bound, [values_a, values_b], [indices, a, b], count)
     }
 }
 
@@ -155,6 +214,37 @@ mod tests {
             let count = lanes.indices::<ABOVE>(self.0, self.1, &mut out);
             out.truncate(count);
             out
+        }
+    }
+
+    struct Pack<'a>(&'a [i32], i32, [&'a [i32]; 2]);
+
+    impl Work for Pack<'_> {
+        type Output = [Vec<i32>; 3];
+
+        fn run<L: Lanes>(self, lanes: L) -> [Vec<i32>; 3] {
+            let [mut indices, mut a, mut b] = [0; 3].map(|zero| vec![zero; self.0.len()]);
+            let count = lanes.pack(self.0, self.1, self.2, [&mut indices, &mut a, &mut b]);
+            [indices, a, b].map(|mut out| {
+                out.truncate(count);
+                out
+            })
+        }
+    }
+
+    #[test]
+    fn packing_agrees_with_a_filter() {
+        let keys: Vec<i32> = (0..203).map(|i: i32| i * 7919 % 257).collect();
+        let (a, b): (Vec<i32>, Vec<i32>) = (0..203).map(|i| (-i, i * i)).unzip();
+        for len in [0, 1, 7, 8, 9, 64, 203] {
+            for bound in [-1, 0, 100, 300] {
+                let chosen: Vec<usize> = (0..len).filter(|&i| keys[i] < bound).collect();
+                let of = |values: &[i32]| chosen.iter().map(|&i| values[i]).collect::<Vec<_>>();
+                let naive = [chosen.iter().map(|&i| i as i32).collect(), of(&a), of(&b)];
+                let work = || Pack(&keys[..len], bound, [&a[..len], &b[..len]]);
+                assert_eq!(dispatch(work()), naive);
+                assert_eq!(work().run(Portable), naive);
+            }
         }
     }
 
