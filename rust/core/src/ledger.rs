@@ -233,20 +233,24 @@ impl Ledger {
         }
 
         let mut evicted = 0u64;
-        for (lane, slot) in out.data().iter_mut().enumerate() {
-            let b = lane / heads % batch;
+        let rows = out.data().chunks_exact_mut(heads).zip(self.queues.chunks_exact(heads * per_lane)).enumerate();
+        for (row, (out, queues)) in rows {
+            let b = row % batch;
             if new[b] != 1 {
-                *slot = -1;
+                out.fill(-1);
                 continue;
             }
-            let chosen = self.queues[lane * per_lane + self.start[b]];
-            *slot = i64::from(chosen);
-            let at = lane * per_lane + chosen as usize;
-            evicted += u64::from(slots.positions[at] >= 0);
-            slots.positions[at] = self.seen[b] as i32;
-            if let Some((mass, peak)) = &mut slots.scores {
-                mass[at] = 0.0;
-                peak[at] = 0.0;
+            let (start, position) = (self.start[b], self.seen[b] as i32);
+            for (head, (slot, queue)) in out.iter_mut().zip(queues.chunks_exact(per_lane)).enumerate() {
+                let chosen = queue[start];
+                *slot = i64::from(chosen);
+                let at = (row * heads + head) * per_lane + chosen as usize;
+                evicted += u64::from(slots.positions[at] >= 0);
+                slots.positions[at] = position;
+                if let Some((mass, peak)) = &mut slots.scores {
+                    mass[at] = 0.0;
+                    peak[at] = 0.0;
+                }
             }
         }
         self.evictions += evicted;
@@ -306,9 +310,11 @@ impl Ledger {
         let chunk_lanes = plan.chunks_exact_mut(per_lane).enumerate().filter(|(i, _)| call.lengths[i / heads] > 1);
         let stored_positions = &*slots.positions;
         let scored = self.spec.strategy().scored();
-        let new_positions: Vec<i32> = (columns.data().iter().enumerate())
-            .map(|(i, &rank)| if rank < 0 { -1 } else { (self.seen[i / n] - call.lengths[i / n]) as i32 + rank })
-            .collect();
+        let mut new_positions = columns.data().to_vec();
+        for (b, row) in new_positions.chunks_exact_mut(n.max(1)).enumerate() {
+            let before = (self.seen[b] - call.lengths[b]) as i32;
+            row.iter_mut().for_each(|rank| *rank = if *rank < 0 { -1 } else { before + *rank });
+        }
         let threads = if (per_lane + n) * batch * heads < WORTH_THREADS { 1 } else { self.threads };
         threads::for_each(threads, chunk_lanes, |(i, plan)| {
             let b = i / heads;
@@ -611,6 +617,15 @@ fn score_error(bad: BadScore, scores: Option<Scores<'_>>, place: &impl Fn() -> S
 }
 
 fn check_ranks(b: usize, columns: &[i32], len: usize) -> Result<()> {
+    // As a rule padding comes first or last, which is seen at a glance.
+    let first = columns.iter().position(|&rank| rank >= 0).unwrap_or(0);
+    if let Some((numbered, behind)) = columns[first..].split_at_checked(len) {
+        let wrong = (numbered.iter().zip(0..)).fold(0, |wrong, (&rank, due)| wrong | (rank ^ due));
+        let not_padding = columns[..first].iter().chain(behind).fold(0, |wrong, &rank| wrong | !rank);
+        if wrong | not_padding == 0 {
+            return Ok(());
+        }
+    }
     let mut next = 0;
     for &rank in columns {
         match usize::try_from(rank) {

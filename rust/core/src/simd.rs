@@ -5,7 +5,7 @@
 
 use std::sync::OnceLock;
 
-use pulp::{Arch, NullaryFnOnce};
+use pulp::{Arch, NullaryFnOnce, Simd, WithSimd};
 
 /// The widest instruction set both the machine and this crate know.
 fn arch() -> Arch {
@@ -29,6 +29,11 @@ pub fn name() -> &'static str {
 
 /// Operations written per instruction set.
 pub(crate) trait Lanes: Copy {
+    /// Vectors of numbers.
+    type Simd: Simd;
+
+    fn simd(self) -> Self::Simd;
+
     /// Write the indices of the keys above (or else below) `bound` to `out`, ascending, as many as fit, and return how many were written.
     fn indices<const ABOVE: bool>(self, keys: &[i32], bound: i32, out: &mut [i32]) -> usize;
 
@@ -57,6 +62,18 @@ impl<W: Work, L: Lanes> NullaryFnOnce for With<W, L> {
     }
 }
 
+/// Work with whatever vectors there are.
+struct Any<W>(W);
+
+impl<W: Work> WithSimd for Any<W> {
+    type Output = W::Output;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> W::Output {
+        self.0.run(Portable(simd))
+    }
+}
+
 /// Run `work` with the widest instructions there are.
 pub(crate) fn dispatch<W: Work>(work: W) -> W::Output {
     match arch() {
@@ -64,13 +81,13 @@ pub(crate) fn dispatch<W: Work>(work: W) -> W::Output {
         Arch::V4(simd) => simd.vectorize(With(work, Avx2(*simd))),
         #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
         Arch::V3(simd) => simd.vectorize(With(work, Avx2(simd))),
-        other => other.dispatch(With(work, Portable)),
+        other => other.dispatch(Any(work)),
     }
 }
 
 /// Any machine.
 #[derive(Clone, Copy)]
-struct Portable;
+struct Portable<S>(S);
 
 #[inline(always)]
 fn indices_from<const ABOVE: bool>(first: usize, keys: &[i32], bound: i32, out: &mut [i32], mut count: usize) -> usize {
@@ -101,7 +118,14 @@ fn pack_from(
     count
 }
 
-impl Lanes for Portable {
+impl<S: Simd> Lanes for Portable<S> {
+    type Simd = S;
+
+    #[inline(always)]
+    fn simd(self) -> S {
+        self.0
+    }
+
     #[inline(always)]
     fn indices<const ABOVE: bool>(self, keys: &[i32], bound: i32, out: &mut [i32]) -> usize {
         indices_from::<ABOVE>(0, keys, bound, out, 0)
@@ -139,6 +163,13 @@ static SET_LANES: [[u8; 16]; 256] = {
 
 #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
 impl Lanes for Avx2 {
+    type Simd = pulp::x86::V3;
+
+    #[inline(always)]
+    fn simd(self) -> pulp::x86::V3 {
+        self.0
+    }
+
     #[inline(always)]
     fn indices<const ABOVE: bool>(self, keys: &[i32], bound: i32, out: &mut [i32]) -> usize {
         let Self(simd) = self;
@@ -243,7 +274,7 @@ mod tests {
                 let naive = [chosen.iter().map(|&i| i as i32).collect(), of(&a), of(&b)];
                 let work = || Pack(&keys[..len], bound, [&a[..len], &b[..len]]);
                 assert_eq!(dispatch(work()), naive);
-                assert_eq!(work().run(Portable), naive);
+                assert_eq!(work().run(Portable(pulp::Scalar)), naive);
             }
         }
     }
@@ -259,8 +290,8 @@ mod tests {
                 let (above, below) = (naive(&|key| key > bound), naive(&|key| key < bound));
                 assert_eq!(dispatch(Indices::<true>(&keys[..len], bound)), above);
                 assert_eq!(dispatch(Indices::<false>(&keys[..len], bound)), below);
-                assert_eq!(Indices::<true>(&keys[..len], bound).run(Portable), above);
-                assert_eq!(Indices::<false>(&keys[..len], bound).run(Portable), below);
+                assert_eq!(Indices::<true>(&keys[..len], bound).run(Portable(pulp::Scalar)), above);
+                assert_eq!(Indices::<false>(&keys[..len], bound).run(Portable(pulp::Scalar)), below);
             }
         }
     }
