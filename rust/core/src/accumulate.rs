@@ -6,6 +6,8 @@
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use pulp::Simd as _;
+
 use crate::error::{Result, fail};
 use crate::select::{FINITE, valid};
 use crate::simd::{self, Lanes, Work};
@@ -13,7 +15,7 @@ use crate::threads;
 use crate::view::{View, ViewMut};
 
 /// An element type of the probabilities.
-pub trait Element: Copy + Send + Sync {
+pub trait Element: wide::Values + Copy + Send + Sync {
     /// Largest [`Element::order`] of a finite value that is not negative.
     const FINITE: u32;
 
@@ -86,6 +88,123 @@ impl Element for half::f16 {
     }
 }
 
+mod wide {
+    //! Probabilities by the vector. Those of 16 bits are loaded in pairs, of which the even ones fill one vector and the odd ones
+    //! another: that takes a shift and a mask where lining them up would take twice the loads. Sums stay in this order until all
+    //! queries have passed.
+
+    use pulp::Simd;
+
+    /// Vectors loaded together.
+    pub(super) const COUNT: usize = 4;
+
+    pub trait Values: Sized {
+        /// What the largest order of `values` may hold beside an order.
+        const BELOW: u32;
+
+        /// `COUNT` vectors of values; the largest order is kept in `worst`.
+        fn values<S: Simd>(simd: S, from: &[Self], worst: &mut S::u32s) -> [S::f32s; COUNT];
+
+        /// Bring what was summed up in the order of `values` into that of the columns.
+        fn in_order(sums: &mut [f32], lanes: usize);
+    }
+
+    /// Vectors of 32-bit words, of whatever is in `from`.
+    #[inline(always)]
+    fn words<S: Simd, T: bytemuck::Pod, const N: usize>(from: &[T]) -> [S::u32s; N] {
+        let bytes: &[u8] = bytemuck::cast_slice(from);
+        let size = size_of::<S::u32s>();
+        std::array::from_fn(|i| bytemuck::pod_read_unaligned(&bytes[i * size..(i + 1) * size]))
+    }
+
+    /// Even and odd columns, of vectors in turn, one after the other.
+    #[inline(always)]
+    fn interleave(sums: &mut [f32], lanes: usize) {
+        let mut pairs = [0.0; 64];
+        for block in sums.chunks_exact_mut(2 * lanes) {
+            let pairs = &mut pairs[..2 * lanes];
+            let (even, odd) = block.split_at(lanes);
+            for (pair, (&even, &odd)) in pairs.as_chunks_mut::<2>().0.iter_mut().zip(even.iter().zip(odd)) {
+                *pair = [even, odd];
+            }
+            block.copy_from_slice(pairs);
+        }
+    }
+
+    impl Values for f32 {
+        const BELOW: u32 = 0;
+
+        #[inline(always)]
+        fn values<S: Simd>(simd: S, from: &[Self], worst: &mut S::u32s) -> [S::f32s; COUNT] {
+            words::<S, _, COUNT>(from).map(|word| {
+                *worst = simd.max_u32s(*worst, word);
+                simd.transmute_f32s_u32s(word)
+            })
+        }
+
+        #[inline(always)]
+        fn in_order(_: &mut [f32], _: usize) {}
+    }
+
+    impl Values for half::bf16 {
+        // The first of a pair lies below the second.
+        const BELOW: u32 = 0xffff;
+
+        #[inline(always)]
+        fn values<S: Simd>(simd: S, from: &[Self], worst: &mut S::u32s) -> [S::f32s; COUNT] {
+            let (sixteen, upper) = (simd.splat_u32s(16), simd.splat_u32s(0xffff_0000));
+            let [a, b] = words::<S, _, 2>(from);
+            let (first_a, first_b) = (simd.wrapping_dyn_shl_u32s(a, sixteen), simd.wrapping_dyn_shl_u32s(b, sixteen));
+            *worst = simd.max_u32s(*worst, simd.max_u32s(simd.max_u32s(first_a, a), simd.max_u32s(first_b, b)));
+            [
+                simd.transmute_f32s_u32s(first_a),
+                simd.transmute_f32s_u32s(simd.and_u32s(a, upper)),
+                simd.transmute_f32s_u32s(first_b),
+                simd.transmute_f32s_u32s(simd.and_u32s(b, upper)),
+            ]
+        }
+
+        #[inline(always)]
+        fn in_order(sums: &mut [f32], lanes: usize) {
+            interleave(sums, lanes);
+        }
+    }
+
+    /// Values of half precision, whose bits come shifted by 13, and with others. As `Element::value`, but for the choice between what
+    /// is right for normal and for subnormal numbers: the right one is always the smaller.
+    #[inline(always)]
+    fn half_values<S: Simd>(simd: S, bits: S::u32s) -> S::f32s {
+        let (to_normal, to_subnormal) = (simd.splat_u32s(112 << 23), simd.splat_u32s(113 << 23));
+        let bits = simd.and_u32s(bits, simd.splat_u32s(0x7fff << 13));
+        let normal = simd.transmute_f32s_u32s(simd.add_u32s(bits, to_normal));
+        let shifted = simd.transmute_f32s_u32s(simd.add_u32s(bits, to_subnormal));
+        simd.min_f32s(normal, simd.sub_f32s(shifted, simd.transmute_f32s_u32s(to_subnormal)))
+    }
+
+    impl Values for half::f16 {
+        const BELOW: u32 = 0xffff;
+
+        #[inline(always)]
+        fn values<S: Simd>(simd: S, from: &[Self], worst: &mut S::u32s) -> [S::f32s; COUNT] {
+            let (sixteen, thirteen, three) = (simd.splat_u32s(16), simd.splat_u32s(13), simd.splat_u32s(3));
+            let [a, b] = words::<S, _, 2>(from);
+            let (first_a, first_b) = (simd.wrapping_dyn_shl_u32s(a, sixteen), simd.wrapping_dyn_shl_u32s(b, sixteen));
+            *worst = simd.max_u32s(*worst, simd.max_u32s(simd.max_u32s(first_a, a), simd.max_u32s(first_b, b)));
+            [
+                half_values(simd, simd.wrapping_dyn_shl_u32s(a, thirteen)),
+                half_values(simd, simd.wrapping_dyn_shr_u32s(a, three)),
+                half_values(simd, simd.wrapping_dyn_shl_u32s(b, thirteen)),
+                half_values(simd, simd.wrapping_dyn_shr_u32s(b, three)),
+            ]
+        }
+
+        #[inline(always)]
+        fn in_order(sums: &mut [f32], lanes: usize) {
+            interleave(sums, lanes);
+        }
+    }
+}
+
 /// How far scores fade.
 #[derive(Debug, Clone, Copy)]
 pub struct Decay {
@@ -108,17 +227,14 @@ pub struct Looks<'a, T> {
     pub weights: Option<View<'a, f32, 3>>,
 }
 
-/// Columns whose sums are kept in registers.
-const BLOCK: usize = 32;
-
 /// Columns of one piece of work: its mass and peak stay in the first-level cache while the queries pass.
-const TILE: usize = 1024;
+const TILE: usize = 2048;
 
 /// Bytes of probabilities below which helpers cost more than they bring.
 const WORTH_THREADS: usize = 1 << 20;
 
-/// Factors of a query that is no padding: what one of the group's probabilities adds to the mass, and to the peak.
-type Factors = Option<(f32, f32)>;
+/// A query that is no padding, and the factors by which its probabilities count for the mass, and for the peak.
+type Query = (usize, f32, f32);
 
 /// Some columns of one (row, head).
 struct Tile<'a, T> {
@@ -127,33 +243,11 @@ struct Tile<'a, T> {
     group: usize,
     columns: usize,
     first: usize,
-    factors: &'a [Factors],
+    queries: usize,
+    real: &'a [Query],
     /// Sum and maximum over the queries, to be filled.
     sums: &'a mut [f32],
     peaks: &'a mut [f32],
-}
-
-/// Add `N` columns of one query; returns the largest order among them.
-#[inline(always)]
-fn look<T: Element, const N: usize>(
-    group: impl Iterator<Item = [T; N]>,
-    (to_mass, to_peak): (f32, f32),
-    sums: &mut [f32; N],
-    peaks: &mut [f32; N],
-    worst: &mut [u32; N],
-) {
-    let mut total = [0f32; N];
-    for probabilities in group {
-        for i in 0..N {
-            total[i] += probabilities[i].value();
-            worst[i] = worst[i].max(probabilities[i].order());
-        }
-    }
-    for i in 0..N {
-        sums[i] += to_mass * total[i];
-        let peak = to_peak * total[i];
-        peaks[i] = if peak > peaks[i] { peak } else { peaks[i] };
-    }
 }
 
 impl<T: Element> Work for Tile<'_, T> {
@@ -161,32 +255,47 @@ impl<T: Element> Work for Tile<'_, T> {
     type Output = u32;
 
     #[inline(always)]
-    fn run<L: Lanes>(self, _: L) -> u32 {
-        let queries = self.factors.len();
+    fn run<L: Lanes>(self, lanes: L) -> u32 {
+        let simd = lanes.simd();
+        let width = wide::COUNT * L::Simd::F32_LANES;
+        let whole = self.sums.len() / width * width;
         self.sums.fill(0.0);
         self.peaks.fill(0.0);
-        let (mut worst, mut worst_one) = ([0u32; BLOCK], [0u32; 1]);
-        for (j, factors) in self.factors.iter().enumerate() {
-            let Some(factors) = *factors else { continue };
-            let (sums, sums_rest) = self.sums.as_chunks_mut::<BLOCK>();
-            let (peaks, peaks_rest) = self.peaks.as_chunks_mut::<BLOCK>();
-            let at = |g: usize| (g * queries + j) * self.columns + self.first;
-            let whole = sums.len() * BLOCK;
-            for (block, (sums, peaks)) in sums.iter_mut().zip(peaks).enumerate() {
-                let group = (0..self.group).map(|g| {
-                    let from = at(g) + block * BLOCK;
-                    self.probabilities[from..from + BLOCK].as_chunks::<BLOCK>().0[0]
-                });
-                look(group, factors, sums, peaks, &mut worst);
+        let ((sums, sums_rest), (peaks, peaks_rest)) = (self.sums.split_at_mut(whole), self.peaks.split_at_mut(whole));
+        let (mut worst, mut worst_rest) = (simd.splat_u32s(0), 0);
+        for &(query, to_mass, to_peak) in self.real {
+            let at = |g: usize| (g * self.queries + query) * self.columns + self.first;
+            let (mass_factor, peak_factor) = (simd.splat_f32s(to_mass), simd.splat_f32s(to_peak));
+            let blocks = sums.chunks_exact_mut(width).zip(peaks.chunks_exact_mut(width)).enumerate();
+            for (block, (sums, peaks)) in blocks {
+                let mut total = [simd.splat_f32s(0.0); wide::COUNT];
+                for g in 0..self.group {
+                    let from = at(g) + block * width;
+                    let values = T::values(simd, &self.probabilities[from..from + width], &mut worst);
+                    for (total, value) in total.iter_mut().zip(values) {
+                        *total = simd.add_f32s(*total, value);
+                    }
+                }
+                let sums = L::Simd::as_mut_simd_f32s(sums).0.iter_mut().zip(L::Simd::as_mut_simd_f32s(peaks).0);
+                for ((sum, peak), total) in sums.zip(total) {
+                    *sum = simd.add_f32s(*sum, simd.mul_f32s(total, mass_factor));
+                    *peak = simd.max_f32s(simd.mul_f32s(total, peak_factor), *peak);
+                }
             }
-            let (sums, _) = sums_rest.as_chunks_mut::<1>();
-            let (peaks, _) = peaks_rest.as_chunks_mut::<1>();
-            for (i, (sum, peak)) in sums.iter_mut().zip(peaks).enumerate() {
-                let group = (0..self.group).map(|g| [self.probabilities[at(g) + whole + i]]);
-                look(group, factors, sum, peak, &mut worst_one);
+            for (i, (sum, peak)) in sums_rest.iter_mut().zip(&mut *peaks_rest).enumerate() {
+                let mut total = 0.0;
+                for g in 0..self.group {
+                    let probability = self.probabilities[at(g) + whole + i];
+                    total += probability.value();
+                    worst_rest = worst_rest.max(probability.order());
+                }
+                *sum += to_mass * total;
+                *peak = (to_peak * total).max(*peak);
             }
         }
-        worst.into_iter().fold(worst_one[0], u32::max)
+        T::in_order(sums, L::Simd::F32_LANES);
+        T::in_order(peaks, L::Simd::F32_LANES);
+        bytemuck::cast_slice(&[worst]).iter().copied().fold(worst_rest, u32::max)
     }
 }
 
@@ -271,8 +380,11 @@ pub fn accumulate<T: Element>(
         .map(|&n| (decay.mass.powf(f64::from(n)) as f32, decay.peak.powf(f64::from(n)) as f32))
         .collect();
     let per_probability = |factor: f64, age: i32| (factor.powf(f64::from(age)) / group as f64) as f32;
-    let factors: Vec<Factors> = (looks.ages.data().iter())
-        .map(|&age| (age >= 0).then(|| (per_probability(decay.mass, age), per_probability(decay.peak, age))))
+    let real: Vec<Vec<Query>> = (0..batch)
+        .map(|b| {
+            let ages = looks.ages.data()[b * queries..][..queries].iter().enumerate().filter(|&(_, &age)| age >= 0);
+            ages.map(|(j, &age)| (j, per_probability(decay.mass, age), per_probability(decay.peak, age))).collect()
+        })
         .collect();
 
     let probabilities = looks.probabilities.data();
@@ -296,7 +408,8 @@ pub fn accumulate<T: Element>(
                 group,
                 columns,
                 first,
-                factors: &factors[b * queries..][..queries],
+                queries,
+                real: &real[b],
                 sums,
                 peaks,
             });
@@ -312,7 +425,7 @@ pub fn accumulate<T: Element>(
             });
             worst_score.fetch_max(met, Ordering::Relaxed);
         });
-        if worst.into_inner() > T::FINITE {
+        if worst.into_inner() > T::FINITE | T::BELOW {
             find_bad_probability(looks)?;
         }
         if worst_score.into_inner() > FINITE {

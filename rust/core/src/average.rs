@@ -2,7 +2,6 @@
 //!
 //! A young token was seen by fewer queries than an old one, so its plain sum is smaller however hard each of them looked.
 
-use crate::simd::{self, Lanes, Work};
 use crate::spec::Spec;
 
 /// Factors that turn mass into average looks, by the number of queries that could look.
@@ -24,41 +23,109 @@ impl Average {
             Self { gap: spec.look_gap() as i32, table }
         })
     }
+}
 
-    /// Average looks of tokens at `positions` (-1: none); `seen` is one more than the newest position.
-    pub(crate) fn looks(&self, positions: &[i32], seen: usize, mass: &[f32], out: &mut Vec<f32>) {
-        out.resize(positions.len(), 0.0);
-        simd::dispatch(Looks { average: self, positions, seen: seen as i32, mass, out });
+/// Queries that could look at the token at `position`. Of two numbers that are not negative the difference always fits.
+#[inline(always)]
+fn queries(newest: i32, position: i32) -> i32 {
+    (newest - position.max(0)).max(0)
+}
+
+/// What a token's mass is worth.
+pub(crate) trait Judge: Copy {
+    /// Fill `words` with what `judged` needs of each position (-1: none).
+    fn prepare(self, positions: &[i32], words: &mut [i32]);
+
+    /// The worth of a mass, by its word.
+    fn judged(self, mass: f32, word: i32) -> f32;
+}
+
+/// What is to be done with a judge.
+pub(crate) trait WithJudge {
+    /// Do it; mark it `#[inline(always)]`.
+    fn run(self, judge: impl Judge);
+}
+
+/// Do `work` by the average, or else by the mass itself; `seen` is one more than the newest position.
+#[inline(always)]
+pub(crate) fn judge(average: Option<&Average>, seen: i32, work: impl WithJudge) {
+    let Some(average) = average else { return work.run(Plain) };
+    // The position that no query has looked at which counts.
+    let newest = seen.saturating_sub(average.gap).max(0);
+    match &average.table {
+        Some(table) => work.run(PerWeight { newest, table }),
+        None => work.run(PerQuery { newest }),
     }
 }
 
-struct Looks<'a> {
-    average: &'a Average,
-    positions: &'a [i32],
-    seen: i32,
-    mass: &'a [f32],
-    out: &'a mut [f32],
+/// The mass itself.
+#[derive(Clone, Copy)]
+struct Plain;
+
+/// The mass per query that could look, where none fades.
+#[derive(Clone, Copy)]
+struct PerQuery {
+    newest: i32,
 }
 
-impl Work for Looks<'_> {
-    type Output = ();
+/// The mass per weight of the queries that could look, whose inverse is in a table.
+#[derive(Clone, Copy)]
+struct PerWeight<'a> {
+    newest: i32,
+    table: &'a [f32],
+}
+
+impl Judge for Plain {
+    #[inline(always)]
+    fn prepare(self, _: &[i32], _: &mut [i32]) {}
 
     #[inline(always)]
-    fn run<L: Lanes>(self, _: L) {
-        let newest = self.seen.saturating_sub(self.average.gap).max(0);
-        // Of two numbers that are not negative the difference always fits.
-        let queries = |position: i32| (newest - position.max(0)).max(0);
-        let slots = self.out.iter_mut().zip(self.positions).zip(self.mass);
-        if let Some(table) = self.average.table.as_deref() {
-            let last = table.len() - 1;
-            for ((out, &position), &mass) in slots {
-                *out = mass * table[(queries(position) as usize).min(last)];
-            }
-        } else {
-            for ((out, &position), &mass) in slots {
-                *out = mass / queries(position).max(1) as f32;
-            }
+    fn judged(self, mass: f32, _: i32) -> f32 {
+        mass
+    }
+}
+
+impl Judge for PerQuery {
+    #[inline(always)]
+    fn prepare(self, positions: &[i32], words: &mut [i32]) {
+        for (word, &position) in words.iter_mut().zip(positions) {
+            *word = queries(self.newest, position).max(1);
         }
+    }
+
+    #[inline(always)]
+    fn judged(self, mass: f32, queries: i32) -> f32 {
+        mass / queries as f32
+    }
+}
+
+impl Judge for PerWeight<'_> {
+    #[inline(always)]
+    fn prepare(self, positions: &[i32], words: &mut [i32]) {
+        let last = self.table.len() as i32 - 1;
+        let mut least = last;
+        for (word, &position) in words.iter_mut().zip(positions) {
+            *word = queries(self.newest, position).min(last);
+            least = least.min(*word);
+        }
+        // In a long context most tokens are older than the table reaches.
+        if least == last {
+            words.fill(self.table[last as usize].to_bits() as i32);
+            return;
+        }
+        let factor = |entry: i32| self.table[entry as usize].to_bits() as i32;
+        let (eights, rest) = words.as_chunks_mut::<8>();
+        for eight in eights {
+            *eight = eight.map(factor);
+        }
+        for word in rest {
+            *word = factor(*word);
+        }
+    }
+
+    #[inline(always)]
+    fn judged(self, mass: f32, factor: i32) -> f32 {
+        mass * f32::from_bits(factor as u32)
     }
 }
 
@@ -74,6 +141,22 @@ mod tests {
     use super::*;
     use crate::spec::Request;
 
+    struct Fill<'a> {
+        positions: &'a [i32],
+        mass: &'a [f32],
+        looks: &'a mut [f32],
+    }
+
+    impl WithJudge for Fill<'_> {
+        fn run(self, judge: impl Judge) {
+            let mut words = vec![0; self.mass.len()];
+            judge.prepare(self.positions, &mut words);
+            for (look, (&mass, word)) in self.looks.iter_mut().zip(self.mass.iter().zip(words)) {
+                *look = judge.judged(mass, word);
+            }
+        }
+    }
+
     #[test]
     fn an_even_look_gives_every_age_the_same_average() {
         for rate in [0.0, 0.01, 0.3, 1.0] {
@@ -81,17 +164,13 @@ mod tests {
             let spec = Spec::new("liquid_fusion", &request).unwrap();
             let average = Average::of(&spec).unwrap();
             let seen = 100_000;
-            let positions: Vec<i32> = vec![0, 10, 50_000, 99_000, 99_900, 99_990];
+            let positions = [0, 10, 50_000, 99_000, 99_900, 99_990];
             let decay = spec.mass_decay();
-            let mass: Vec<f32> = positions
-                .iter()
-                .map(|&p| {
-                    (0..seen - p as usize - spec.look_gap()).map(|age| 0.25 * decay.powi(age as i32)).sum::<f64>()
-                })
-                .map(|m| m as f32)
-                .collect();
-            let mut looks = Vec::new();
-            average.looks(&positions, seen, &mass, &mut looks);
+            let mass = positions.map(|position| {
+                (0..seen - position - spec.look_gap() as i32).map(|age| 0.25 * decay.powi(age)).sum::<f64>() as f32
+            });
+            let mut looks = [0.0; 6];
+            judge(Some(&average), seen, Fill { positions: &positions, mass: &mass, looks: &mut looks });
             for look in looks {
                 assert!((look - 0.25).abs() < 1e-4, "rate {rate}: {look}");
             }

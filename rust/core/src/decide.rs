@@ -2,19 +2,22 @@
 
 use std::ops::Range;
 
+use crate::average::{self, Average, Judge, WithJudge};
 use crate::budget::Split;
-use crate::select::{Cut, FINITE, Field, Hint, bits, cut, valid};
+use crate::select::{Cut, FINITE, Field, Hint, OUTSIDE, cut, valid};
 use crate::simd::{self, Lanes, Work};
 use crate::sinks::Sinks;
 
 /// How the candidates are judged.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Rule {
+pub(crate) struct Rule<'a> {
     pub(crate) split: Split,
     pub(crate) sinks: Sinks,
+    /// How mass becomes average looks, where it does.
+    pub(crate) average: Option<&'a Average>,
 }
 
-/// Scores of the candidates.
+/// Scores of the candidates, stored tokens first.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Scores<'a> {
     pub(crate) mass: &'a [f32],
@@ -28,27 +31,73 @@ pub(crate) struct BadScore {
     pub(crate) index: usize,
 }
 
+/// Who may stay.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Candidates<'a> {
+    /// Positions in the slots, -1 where there is none.
+    pub(crate) stored: &'a [i32],
+    /// Slots that are queued already, whose tokens are no candidates: a ring's two parts.
+    pub(crate) queued: [&'a [i32]; 2],
+    /// Positions of a chunk's columns, -1 for padding.
+    pub(crate) columns: &'a [i32],
+    /// One more than the newest position.
+    pub(crate) seen: i32,
+    pub(crate) scores: Option<Scores<'a>>,
+}
+
+impl Candidates<'_> {
+    fn len(&self) -> usize {
+        self.stored.len() + self.columns.len()
+    }
+
+    #[inline(always)]
+    fn queued(&self) -> impl Iterator<Item = usize> {
+        self.queued.into_iter().flatten().map(|&slot| slot as usize)
+    }
+
+    #[inline(always)]
+    fn position(&self, i: usize) -> i32 {
+        if i < self.stored.len() { self.stored[i] } else { self.columns[i - self.stored.len()] }
+    }
+
+    /// Positions of all, -1 for queued slots too.
+    fn positions(&self) -> Vec<i32> {
+        let mut positions = [self.stored, self.columns].concat();
+        self.queued().for_each(|slot| positions[slot] = -1);
+        positions
+    }
+
+    /// The first score of a candidate that is NaN, infinite or negative.
+    pub(crate) fn find_bad(&self) -> Option<BadScore> {
+        let Scores { mass, peak } = self.scores?;
+        let positions = self.positions();
+        let bad = |values: &[f32]| positions.iter().zip(values).position(|(&p, &v)| p >= 0 && !valid(v));
+        bad(mass)
+            .map(|index| BadScore { peak: false, index })
+            .or_else(|| bad(peak).map(|index| BadScore { peak: true, index }))
+    }
+}
+
 /// Reusable memory of one thread.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
-    /// Positions of the candidates, -1 for what is none. Filled by the caller.
-    pub(crate) positions: Vec<i32>,
-    /// Indices of the candidates that do not stay, ascending.
+    /// Slots whose tokens do not stay, ascending.
     pub(crate) victims: Vec<i32>,
-    /// Keys (bits + 1) of the candidates still in contest, 0 for others.
+    /// Columns that stay, ascending.
+    pub(crate) kept: Vec<i32>,
+    by_position: Vec<u64>,
+    /// Keys of the peaks of candidates still in contest, `OUTSIDE` for others.
+    keys: Vec<i32>,
+    /// Keys of what the masses are worth.
     mass: Vec<i32>,
-    peak: Vec<i32>,
-    order: Vec<i32>,
+    /// Slots left for the mass, their positions and their masses.
+    left: Vec<i32>,
+    positions: Vec<i32>,
+    masses: Vec<i32>,
+    chosen: Vec<i32>,
+    ties: Vec<i32>,
     /// Where the searches for sinks, peak and mass ended last.
     hints: [Hint; 3],
-}
-
-/// The first score of a candidate that is NaN, infinite or negative.
-pub(crate) fn find_bad(positions: &[i32], scores: Scores<'_>) -> Option<BadScore> {
-    let bad = |values: &[f32]| positions.iter().zip(values).position(|(&p, &v)| p >= 0 && !valid(v));
-    bad(scores.mass)
-        .map(|index| BadScore { peak: false, index })
-        .or_else(|| bad(scores.peak).map(|index| BadScore { peak: true, index }))
 }
 
 /// What one look at the candidates finds out.
@@ -56,103 +105,226 @@ pub(crate) fn find_bad(positions: &[i32], scores: Scores<'_>) -> Option<BadScore
 struct Found {
     sinks: usize,
     recent: usize,
-    mass: Field,
-    peak: Field,
+    contest: Field,
+}
+
+/// Grow a buffer whose contents do not matter.
+fn at_least(buffer: &mut Vec<i32>, n: usize) {
+    if buffer.len() < n {
+        buffer.resize(n, 0);
+    }
 }
 
 struct Decision<'a> {
     scratch: &'a mut Scratch,
-    seen: i32,
-    rule: Rule,
-    scores: Option<Scores<'a>>,
+    candidates: Candidates<'a>,
+    rule: Rule<'a>,
+}
+
+/// Candidates looked at together: they stay in the first-level cache.
+const BLOCK: usize = 256;
+
+/// What is counted while looking.
+struct Tally {
+    contest: Range<i32>,
+    stored: usize,
+    /// Before the contest.
+    older: usize,
+    /// Behind the contest.
+    recent: usize,
+    /// The largest bits of all scores.
+    worst: u32,
+}
+
+impl Tally {
+    /// Fill `keys` with those of the peaks, or zeros where `by_peak` is false, and with `OUTSIDE` for positions outside the contest.
+    #[inline(always)]
+    fn scores(&mut self, positions: &[i32], scores: Scores<'_>, by_peak: bool, keys: &mut [i32]) {
+        let chosen = if by_peak { OUTSIDE } else { 0 };
+        let (mut counts, mut worst) = (Counts::default(), 0);
+        for ((key, (&mass, &peak)), &position) in
+            keys.iter_mut().zip(scores.mass.iter().zip(scores.peak)).zip(positions)
+        {
+            worst = worst.max(mass.to_bits()).max(peak.to_bits());
+            *key = (peak.to_bits() as i32 & chosen) | counts.outside(position, &self.contest);
+        }
+        self.add(counts, positions.len());
+        self.worst = self.worst.max(worst);
+    }
+
+    /// As `scores`, where every token is worth the same.
+    #[inline(always)]
+    fn positions(&mut self, positions: &[i32], keys: &mut [i32]) {
+        let mut counts = Counts::default();
+        for (key, &position) in keys.iter_mut().zip(positions) {
+            *key = counts.outside(position, &self.contest);
+        }
+        self.add(counts, positions.len());
+    }
+
+    fn add(&mut self, Counts { empty, older, recent }: Counts, looked: usize) {
+        self.stored += looked - empty as usize;
+        self.older += (older - empty) as usize;
+        self.recent += recent as usize;
+    }
+}
+
+/// Counts of positions, in 32 bits for the sake of the vectors.
+#[derive(Default)]
+struct Counts {
+    empty: u32,
+    /// Before the contest, empty ones included.
+    older: u32,
+    recent: u32,
+}
+
+impl Counts {
+    /// `OUTSIDE` for a position outside the contest, 0 for others.
+    #[inline(always)]
+    fn outside(&mut self, position: i32, contest: &Range<i32>) -> i32 {
+        let (older, recent) = (position < contest.start, position >= contest.end);
+        self.empty += u32::from(position < 0);
+        self.older += u32::from(older);
+        self.recent += u32::from(recent);
+        // Plain integer arithmetic is what the compiler vectorises best.
+        (-(i32::from(older) | i32::from(recent)) as u32 >> 1) as i32
+    }
 }
 
 impl Scratch {
-    /// Fill `victims` with the candidates outside the split; `seen` is one more than the newest position.
-    pub(crate) fn decide(&mut self, seen: i32, rule: Rule, scores: Option<Scores<'_>>) -> Result<(), BadScore> {
-        simd::dispatch(Decision { scratch: self, seen, rule, scores })
+    /// Fill `victims` and `kept` by what the split keeps.
+    pub(crate) fn decide(&mut self, candidates: Candidates<'_>, rule: Rule<'_>) -> Result<(), BadScore> {
+        simd::dispatch(Decision { scratch: self, candidates, rule })
     }
 
-    /// Check the scores, turn those outside sinks and recent window into keys, and count what there is.
+    /// The victims in the order of their positions.
+    pub(crate) fn oldest_first(&mut self, positions: &[i32]) -> impl ExactSizeIterator<Item = i32> {
+        let entry = |&slot: &i32| u64::from(positions[slot as usize] as u32) << 32 | u64::from(slot as u32);
+        self.by_position.clear();
+        self.by_position.extend(self.victims.iter().map(entry));
+        self.by_position.sort_unstable();
+        self.by_position.iter().map(|&entry| entry as i32)
+    }
+
+    /// Check the scores, find who contends, and count what there is.
     #[inline(always)]
-    fn load(&mut self, newest: i32, pinned: i32, scores: Option<Scores<'_>>) -> Result<Found, BadScore> {
-        let n = self.positions.len();
-        self.mass.resize(n, 0);
-        self.peak.resize(n, 0);
+    fn look(
+        &mut self,
+        newest: i32,
+        pinned: i32,
+        candidates: &Candidates<'_>,
+        by_peak: bool,
+    ) -> Result<Found, BadScore> {
+        self.keys.resize(candidates.len(), 0);
         let contest = pinned..newest.max(pinned);
-        let mut sinks = 0u32;
-        let mut recent = 0u32;
-        let mut contenders = 0u32;
-        for &position in &self.positions {
-            sinks += u32::from(position >= 0) & u32::from(position < contest.start);
-            recent += u32::from(position >= contest.end);
-            contenders += u32::from(position >= contest.start) & u32::from(position < contest.end);
+        let mut tally = Tally { contest: contest.clone(), stored: 0, older: 0, recent: 0, worst: 0 };
+        let (stored_keys, column_keys) = self.keys.split_at_mut(candidates.stored.len());
+        let parts = [(candidates.stored, stored_keys, 0), (candidates.columns, column_keys, candidates.stored.len())];
+        for (positions, keys, from) in parts {
+            if let Some(Scores { mass, peak }) = candidates.scores {
+                let scores = Scores { mass: &mass[from..], peak: &peak[from..] };
+                tally.scores(positions, scores, by_peak, keys);
+            } else {
+                tally.positions(positions, keys);
+            }
         }
-        let count = contenders as usize;
-        let (mass, peak) = if let Some(scores) = scores {
-            let (mass, worst_mass) = keys_of(&self.positions, contest.clone(), scores.mass, &mut self.mass, count);
-            let (peak, worst_peak) = keys_of(&self.positions, contest, scores.peak, &mut self.peak, count);
-            if worst_mass.max(worst_peak) > FINITE
-                && let Some(bad) = find_bad(&self.positions, scores)
-            {
-                return Err(bad);
+        // It may have been a -0.0, which equals 0.0, or that of no candidate.
+        if tally.worst > FINITE
+            && let Some(bad) = candidates.find_bad()
+        {
+            return Err(bad);
+        }
+        let Tally { stored, older: mut sinks, mut recent, worst, .. } = tally;
+        let mut contenders = stored - sinks - recent;
+        for part in candidates.queued {
+            for &slot in part {
+                let position = candidates.stored[slot as usize];
+                let (is_stored, is_recent) = (usize::from(position >= 0), usize::from(position >= contest.end));
+                let contends = usize::from(position >= contest.start) - is_recent;
+                recent -= is_recent;
+                contenders -= contends;
+                sinks -= is_stored - is_recent - contends;
+                self.keys[slot as usize] = OUTSIDE;
             }
-            (mass, peak)
-        } else {
-            for (key, &position) in self.mass.iter_mut().zip(&self.positions) {
-                *key = i32::from(position >= contest.start) & i32::from(position < contest.end);
-            }
-            (Field { count, least: 1, most: 1 }, Field::default())
-        };
-        Ok(Found { sinks: sinks as usize, recent: recent as usize, mass, peak })
+        }
+        Ok(Found { sinks, recent, contest: Field { count: contenders, most: worst.min(FINITE) as i32 } })
     }
 
     /// The position from which exactly `window` candidates that are no pinned sinks are found.
-    fn newest(&mut self, window: usize, pinned: i32) -> i32 {
-        self.order.clear();
-        self.order.extend(self.positions.iter().copied().filter(|&p| p >= pinned));
-        match self.order.len().checked_sub(window) {
-            Some(from) if from < self.order.len() => *self.order.select_nth_unstable(from).1,
+    fn newest(&mut self, window: usize, pinned: i32, candidates: &Candidates<'_>) -> i32 {
+        self.ties.clear();
+        self.ties.extend(candidates.positions().into_iter().filter(|&p| p >= pinned));
+        match self.ties.len().checked_sub(window) {
+            Some(from) if from < self.ties.len() => *self.ties.select_nth_unstable(from).1,
             Some(_) => i32::MAX,
             None => 0,
         }
     }
 }
 
-/// Turn the scores of positions in `contest` into keys, others into 0. Also returns the largest bits of all scores.
+/// All ones where `a < b`, else 0, neither being below -1. Selecting with a comparison would be compiled to masked stores, which some
+/// machines execute in dozens of cycles.
 #[inline(always)]
-fn keys_of(positions: &[i32], contest: Range<i32>, scores: &[f32], keys: &mut [i32], count: usize) -> (Field, u32) {
-    let (mut least, mut most, mut worst) = (i32::MAX, 0, 0);
-    for ((key, &score), &position) in keys.iter_mut().zip(scores).zip(positions) {
-        worst = worst.max(score.to_bits());
-        let contends = i32::from(position >= contest.start) & i32::from(position < contest.end);
-        // All ones, or zero: plain integer arithmetic is what the compiler vectorises best.
-        let mask = -contends;
-        *key = (bits(score) + 1) & mask;
-        least = least.min(*key | (!mask & i32::MAX));
-        most = most.max(*key);
-    }
-    (Field { count, least, most }, worst)
+fn less(a: i32, b: i32) -> i32 {
+    (a - b) >> 31
 }
 
-/// Set the keys that `cut` takes to 0, and those of the same tokens in `others`.
+/// Where `keys` must reach to be taken by `cut`. Those equal to its key are moved to either side first, by their positions, which
+/// come in two parts.
 #[inline(always)]
-fn protect(cut: Cut, keys: &mut [i32], others: &mut [i32], positions: &[i32]) {
-    // All ones where `a < b`, neither being negative. Selecting with a comparison would be compiled to masked stores, which some
-    // machines execute in dozens of cycles.
-    let less = |a: i32, b: i32| (a - b) >> 31;
+fn settle(cut: Cut, keys: &mut [i32], positions: [&[i32]; 2]) -> i32 {
     if cut.position == 0 {
-        for (key, other) in keys.iter_mut().zip(others) {
-            let stays = less(*key, cut.key);
-            *key &= stays;
-            *other &= stays;
+        return cut.key;
+    }
+    let (first, second) = keys.split_at_mut(positions[0].len());
+    for (keys, positions) in [(first, positions[0]), (second, positions[1])] {
+        for (key, &position) in keys.iter_mut().zip(positions) {
+            *key += i32::from(*key == cut.key) & i32::from(position >= cut.position);
         }
-    } else {
-        for ((key, other), &position) in keys.iter_mut().zip(others).zip(positions) {
-            let tied_and_older = !less(cut.key, *key) & less(position.max(0), cut.position);
-            let stays = less(*key, cut.key) | tied_and_older;
-            *key &= stays;
-            *other &= stays;
+    }
+    cut.key + 1
+}
+
+/// Turn the masses of all whose key is below `taken` into keys in `out`, and others into `OUTSIDE`.
+struct All<'a> {
+    candidates: &'a Candidates<'a>,
+    mass: &'a [f32],
+    keys: &'a [i32],
+    taken: i32,
+    out: &'a mut [i32],
+}
+
+impl WithJudge for All<'_> {
+    #[inline(always)]
+    fn run(self, judge: impl Judge) {
+        let Self { candidates, mass, keys, taken, out } = self;
+        let at = candidates.stored.len();
+        let (stored, columns) = out.split_at_mut(at);
+        for (positions, out, from) in [(candidates.stored, stored, 0), (candidates.columns, columns, at)] {
+            let given = mass[from..].chunks(BLOCK).zip(keys[from..].chunks(BLOCK));
+            for ((positions, out), (mass, keys)) in positions.chunks(BLOCK).zip(out.chunks_mut(BLOCK)).zip(given) {
+                judge.prepare(positions, out);
+                for ((word, &mass), &key) in out.iter_mut().zip(mass).zip(keys) {
+                    *word = ((judge.judged(mass, *word).to_bits() as i32) | less(taken - 1, key)) & OUTSIDE;
+                }
+            }
+        }
+    }
+}
+
+/// Turn masses (bits), side by side, into keys in `out`.
+struct Few<'a> {
+    positions: &'a [i32],
+    mass: &'a [i32],
+    out: &'a mut [i32],
+}
+
+impl WithJudge for Few<'_> {
+    #[inline(always)]
+    fn run(self, judge: impl Judge) {
+        judge.prepare(self.positions, self.out);
+        for (word, &mass) in self.out.iter_mut().zip(self.mass) {
+            *word = judge.judged(f32::from_bits(mass as u32), *word).to_bits() as i32 & OUTSIDE;
         }
     }
 }
@@ -162,38 +334,88 @@ impl Work for Decision<'_> {
 
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) -> Result<(), BadScore> {
-        let Self { scratch, seen, rule, scores } = self;
-        let split = rule.split;
+        let Self { scratch, candidates, rule } = self;
+        let (split, seen) = (rule.split, candidates.seen);
+        let by_peak = split.peak > 0;
         let pinned = if rule.sinks == Sinks::Pinned { split.sinks as i32 } else { 0 };
         // As a rule every sink and every token of the recent window is stored, which one look proves; else look closely.
         let mut window = split.recent + (pinned - seen).max(0) as usize;
-        let mut found = scratch.load(seen.saturating_sub(window as i32), pinned, scores)?;
+        let mut found = scratch.look(seen.saturating_sub(window as i32), pinned, &candidates, by_peak)?;
         let missing = pinned as usize - found.sinks;
         if split.recent + missing != window || found.recent != window {
             window = split.recent + missing;
-            let newest = scratch.newest(window, pinned);
-            found = scratch.load(newest, pinned, scores)?;
+            let newest = scratch.newest(window, pinned, &candidates);
+            found = scratch.look(newest, pinned, &candidates, by_peak)?;
         }
 
-        let Scratch { positions, victims, mass, peak, order, hints: [by_sinks, by_peak, by_mass] } = scratch;
-        let position = |i: usize| positions[i];
-        let mut contenders = found.mass.count;
+        let Scratch { victims, kept, keys, mass, left, positions, masses, chosen, ties, hints, .. } = scratch;
+        let [by_sinks, by_peaks, by_mass] = hints;
+        let position = |i: usize| candidates.position(i);
+        let all = [candidates.stored, candidates.columns];
+        let mut contest = found.contest;
+        let n = candidates.len();
+        let all_mass = candidates.scores.map_or(&[][..], |scores| scores.mass);
         if rule.sinks == Sinks::Adaptive && split.sinks > 0 {
-            let cut = cut(mass, split.sinks, found.mass, by_sinks, position, order);
-            protect(cut, mass, peak, positions);
-            contenders = contenders.saturating_sub(split.sinks);
+            mass.resize(n, 0);
+            average::judge(
+                rule.average,
+                seen,
+                All { candidates: &candidates, mass: all_mass, keys, taken: OUTSIDE, out: mass },
+            );
+            let taken = settle(cut(mass, split.sinks, contest, by_sinks, position, ties), mass, all);
+            for (key, &mass) in keys.iter_mut().zip(&*mass) {
+                *key |= less(taken - 1, mass) & OUTSIDE;
+            }
+            contest.count = contest.count.saturating_sub(split.sinks);
         }
-        if split.peak > 0 {
-            let cut = cut(peak, split.peak, Field { count: contenders, ..found.peak }, by_peak, position, order);
-            protect(cut, peak, mass, positions);
-            contenders = contenders.saturating_sub(split.peak);
+        let mut taken = OUTSIDE;
+        if by_peak {
+            taken = settle(cut(keys, split.peak, contest, by_peaks, position, ties), keys, all);
+            contest.count = contest.count.saturating_sub(split.peak);
         }
-        let cut = cut(mass, split.mass, Field { count: contenders, ..found.mass }, by_mass, position, order);
-        // What stays and what took no part becomes 0, victims remain above. Nobody reads the other keys any more.
-        protect(cut, mass, peak, positions);
-        victims.resize(positions.len(), 0);
-        let count = lanes.above(mass, 0, victims);
-        victims.truncate(count);
+        if split.mass > 0 && candidates.columns.is_empty() && contest.count <= n / 2 {
+            // Few are left: look at those only.
+            for buffer in [&mut *left, positions, masses] {
+                at_least(buffer, n);
+            }
+            let values = [candidates.stored, bytemuck::cast_slice(all_mass)];
+            let count = lanes.pack(keys, taken, values, [left, positions, masses]);
+            let (left, positions) = (&left[..count], &positions[..count]);
+            at_least(mass, count);
+            let mass = &mut mass[..count];
+            average::judge(rule.average, seen, Few { positions, mass: &masses[..count], out: mass });
+            let cut = cut(mass, split.mass, contest, by_mass, |i| positions[i], ties);
+            let taken = settle(cut, mass, [positions, &[]]);
+            at_least(chosen, count);
+            let count = lanes.indices::<false>(mass, taken, chosen);
+            kept.clear();
+            victims.clear();
+            victims.extend(chosen[..count].iter().map(|&i| left[i as usize]));
+            return Ok(());
+        }
+        let mut last = keys;
+        if split.mass > 0 {
+            mass.resize(n, 0);
+            average::judge(
+                rule.average,
+                seen,
+                All { candidates: &candidates, mass: all_mass, keys: last, taken, out: mass },
+            );
+            taken = settle(cut(mass, split.mass, contest, by_mass, position, ties), mass, all);
+            last = mass;
+        }
+        let (stored, columns) = last.split_at_mut(candidates.stored.len());
+        at_least(chosen, stored.len());
+        let count = lanes.indices::<false>(stored, taken, &mut chosen[..stored.len()]);
+        victims.clear();
+        victims.extend_from_slice(&chosen[..count]);
+        // Padding is no victim, but does not stay.
+        for (key, &position) in columns.iter_mut().zip(candidates.columns) {
+            *key |= position >> 31;
+        }
+        let count = lanes.indices::<true>(columns, taken - 1, &mut chosen[..stored.len()]);
+        kept.clear();
+        kept.extend_from_slice(&chosen[..count]);
         Ok(())
     }
 }

@@ -7,7 +7,7 @@ use std::cell::RefCell;
 use std::sync::Mutex;
 
 use crate::average::Average;
-use crate::decide::{BadScore, Rule, Scores, Scratch, find_bad};
+use crate::decide::{BadScore, Candidates, Rule, Scores, Scratch};
 use crate::error::{Error, Result, fail};
 use crate::spec::Spec;
 use crate::threads;
@@ -18,7 +18,6 @@ const WORTH_THREADS: usize = 1 << 16;
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
-    static LOOKS: RefCell<Vec<f32>> = RefCell::default();
 }
 
 /// Extents of the slot tensors.
@@ -234,20 +233,24 @@ impl Ledger {
         }
 
         let mut evicted = 0u64;
-        for (lane, slot) in out.data().iter_mut().enumerate() {
-            let b = lane / heads % batch;
+        let rows = out.data().chunks_exact_mut(heads).zip(self.queues.chunks_exact(heads * per_lane)).enumerate();
+        for (row, (out, queues)) in rows {
+            let b = row % batch;
             if new[b] != 1 {
-                *slot = -1;
+                out.fill(-1);
                 continue;
             }
-            let chosen = self.queues[lane * per_lane + self.start[b]];
-            *slot = i64::from(chosen);
-            let at = lane * per_lane + chosen as usize;
-            evicted += u64::from(slots.positions[at] >= 0);
-            slots.positions[at] = self.seen[b] as i32;
-            if let Some((mass, peak)) = &mut slots.scores {
-                mass[at] = 0.0;
-                peak[at] = 0.0;
+            let (start, position) = (self.start[b], self.seen[b] as i32);
+            for (head, (slot, queue)) in out.iter_mut().zip(queues.chunks_exact(per_lane)).enumerate() {
+                let chosen = queue[start];
+                *slot = i64::from(chosen);
+                let at = (row * heads + head) * per_lane + chosen as usize;
+                evicted += u64::from(slots.positions[at] >= 0);
+                slots.positions[at] = position;
+                if let Some((mass, peak)) = &mut slots.scores {
+                    mass[at] = 0.0;
+                    peak[at] = 0.0;
+                }
             }
         }
         self.evictions += evicted;
@@ -306,19 +309,30 @@ impl Ledger {
         let lane_of = |i: usize| layer * batch * heads + i;
         let chunk_lanes = plan.chunks_exact_mut(per_lane).enumerate().filter(|(i, _)| call.lengths[i / heads] > 1);
         let stored_positions = &*slots.positions;
+        let scored = self.spec.strategy().scored();
+        let mut new_positions = columns.data().to_vec();
+        for (b, row) in new_positions.chunks_exact_mut(n.max(1)).enumerate() {
+            let before = (self.seen[b] - call.lengths[b]) as i32;
+            row.iter_mut().for_each(|rank| *rank = if *rank < 0 { -1 } else { before + *rank });
+        }
         let threads = if (per_lane + n) * batch * heads < WORTH_THREADS { 1 } else { self.threads };
         threads::for_each(threads, chunk_lanes, |(i, plan)| {
             let b = i / heads;
             let len = call.lengths[b];
+            let wide = i * (per_lane + n)..(i + 1) * (per_lane + n);
             let lane = Lane {
+                candidates: Candidates {
+                    stored: &stored_positions[lane_of(i) * per_lane..][..per_lane],
+                    queued: [&[], &[]],
+                    columns: &new_positions[b * n..][..n],
+                    seen: self.seen[b] as i32,
+                    scores: scores.filter(|_| scored).map(|scores| Scores {
+                        mass: &scores.mass.data()[wide.clone()],
+                        peak: &scores.peak.data()[wide],
+                    }),
+                },
                 seen_before: self.seen[b] - len,
                 len,
-                positions: &stored_positions[lane_of(i) * per_lane..][..per_lane],
-                columns: &columns.data()[b * n..][..n],
-                scores: scores.map(|s| Scores {
-                    mass: &s.mass.data()[i * (per_lane + n)..][..per_lane + n],
-                    peak: &s.peak.data()[i * (per_lane + n)..][..per_lane + n],
-                }),
             };
             let place = || format!("layer {layer}, row {b}, head {}", i % heads);
             if let Err(error) = lane.decide(&self.spec, self.average.as_ref(), plan, place) {
@@ -391,8 +405,9 @@ impl Ledger {
 
         let mut chosen = 0;
         if due.iter().any(|&victims| victims > 0) {
-            let rule = Rule { split: self.spec.split(per_lane - 2 * interval), sinks: self.spec.sinks() };
-            let (seen, average, failure) = (&self.seen, self.average.as_ref(), Mutex::new(None));
+            let split = self.spec.split(per_lane - 2 * interval);
+            let rule = Rule { split, sinks: self.spec.sinks(), average: self.average.as_ref() };
+            let (seen, failure) = (&self.seen, Mutex::new(None));
             let positions = &*slots.positions;
             let scores = slots.scores.as_ref().map(|(mass, peak)| (&**mass, &**peak));
             let scores = scores.filter(|_| self.spec.strategy().scored());
@@ -406,8 +421,7 @@ impl Ledger {
                 let positions = &positions[here.clone()];
                 let scores = scores.map(|(mass, peak)| Scores { mass: &mass[here.clone()], peak: &peak[here] });
                 let place = || format!("layer {}, row {b}, head {}", lane / heads / batch, lane % heads);
-                let (start, len) = rings[b];
-                if let Err(error) = choose(positions, scores, seen[b], rule, average, due[b], ring, start, len, place) {
+                if let Err(error) = choose(positions, scores, seen[b], rule, due[b], ring, rings[b], place) {
                     note(&failure, lane, error);
                 }
             });
@@ -603,6 +617,15 @@ fn score_error(bad: BadScore, scores: Option<Scores<'_>>, place: &impl Fn() -> S
 }
 
 fn check_ranks(b: usize, columns: &[i32], len: usize) -> Result<()> {
+    // As a rule padding comes first or last, which is seen at a glance.
+    let first = columns.iter().position(|&rank| rank >= 0).unwrap_or(0);
+    if let Some((numbered, behind)) = columns[first..].split_at_checked(len) {
+        let wrong = (numbered.iter().zip(0..)).fold(0, |wrong, (&rank, due)| wrong | (rank ^ due));
+        let not_padding = columns[..first].iter().chain(behind).fold(0, |wrong, &rank| wrong | !rank);
+        if wrong | not_padding == 0 {
+            return Ok(());
+        }
+    }
     let mut next = 0;
     for &rank in columns {
         match usize::try_from(rank) {
@@ -622,11 +645,9 @@ fn check_ranks(b: usize, columns: &[i32], len: usize) -> Result<()> {
 
 /// One (layer, row, head) of a chunk.
 struct Lane<'a> {
+    candidates: Candidates<'a>,
     seen_before: usize,
     len: usize,
-    positions: &'a [i32],
-    columns: &'a [i32],
-    scores: Option<Scores<'a>>,
 }
 
 impl Lane<'_> {
@@ -638,8 +659,9 @@ impl Lane<'_> {
         plan: &mut [i32],
         place: impl Fn() -> String,
     ) -> Result<()> {
-        let slots = self.positions.len();
-        let stored = self.positions.iter().filter(|&&p| p >= 0).count();
+        let Candidates { stored: positions, columns, scores, .. } = self.candidates;
+        let slots = positions.len();
+        let stored = positions.iter().filter(|&&p| p >= 0).count();
         if stored != self.seen_before.min(slots) {
             fail!(
                 Cache,
@@ -649,76 +671,43 @@ impl Lane<'_> {
             );
         }
         SCRATCH.with_borrow_mut(|scratch| {
-            scratch.positions.clear();
-            scratch.positions.extend_from_slice(self.positions);
-            let before = self.seen_before as i32;
-            scratch.positions.extend(self.columns.iter().map(|&rank| if rank < 0 { -1 } else { before + rank }));
-            let scores = self.scores.filter(|_| spec.strategy().scored());
-            if stored + self.len > slots {
-                let rule = Rule { split: spec.split(slots), sinks: spec.sinks() };
-                judge(scratch, self.seen_before + self.len, rule, scores, average)
-                    .map_err(|bad| score_error(bad, scores, &place))?;
+            let judged = if stored + self.len > slots {
+                let rule = Rule { split: spec.split(slots), sinks: spec.sinks(), average };
+                scratch.decide(self.candidates, rule)
             } else {
                 scratch.victims.clear();
-                if let Some(bad) = scores.and_then(|s| find_bad(&scratch.positions, s)) {
-                    return Err(score_error(bad, scores, &place));
-                }
-            }
-            let dropped = scratch.victims.partition_point(|&v| (v as usize) < slots);
-            let (dropped, unwanted) = scratch.victims.split_at(dropped);
-            let mut unwanted = unwanted.iter().map(|&v| v as usize - slots).peekable();
-            let kept = (0..self.columns.len())
-                .filter(|&c| self.columns[c] >= 0)
-                .filter(|&c| unwanted.next_if_eq(&c).is_none());
-            let mut dropped = dropped.iter().map(|&v| v as usize).peekable();
-            let free = (0..slots).filter(|&s| self.positions[s] < 0 || dropped.next_if_eq(&s).is_some());
-            for (slot, column) in free.zip(kept) {
-                plan[slot] = column as i32;
+                scratch.kept.clear();
+                scratch.kept.extend((0..columns.len() as i32).filter(|&column| columns[column as usize] >= 0));
+                self.candidates.find_bad().map_or(Ok(()), Err)
+            };
+            judged.map_err(|bad| score_error(bad, scores, &place))?;
+            let mut dropped = scratch.victims.iter().map(|&slot| slot as usize).peekable();
+            let free = (0..slots).filter(|&slot| positions[slot] < 0 || dropped.next_if_eq(&slot).is_some());
+            for (slot, &column) in free.zip(&scratch.kept) {
+                plan[slot] = column;
             }
             Ok(())
         })
     }
 }
 
-/// Decide about the candidates in `scratch`, by average looks where the strategy wants them.
-fn judge(
-    scratch: &mut Scratch,
-    seen: usize,
-    rule: Rule,
-    scores: Option<Scores<'_>>,
-    average: Option<&Average>,
-) -> std::result::Result<(), BadScore> {
-    let (Some(average), Some(Scores { mass, peak })) = (average, scores) else {
-        return scratch.decide(seen as i32, rule, scores);
-    };
-    LOOKS.with_borrow_mut(|looks| {
-        average.looks(&scratch.positions, seen, mass, looks);
-        scratch.decide(seen as i32, rule, Some(Scores { mass: looks, peak }))
-    })
-}
-
 /// Append a lane's next victims to its ring, oldest first.
-#[expect(clippy::too_many_arguments, reason = "one call site; a struct would only repeat the names")]
 fn choose(
     positions: &[i32],
     scores: Option<Scores<'_>>,
     seen: usize,
-    rule: Rule,
-    average: Option<&Average>,
+    rule: Rule<'_>,
     victims: usize,
     ring: &mut [i32],
-    start: usize,
-    len: usize,
+    (start, len): (usize, usize),
     place: impl Fn() -> String,
 ) -> Result<()> {
     let slots = ring.len();
     SCRATCH.with_borrow_mut(|scratch| {
-        scratch.positions.clear();
-        scratch.positions.extend_from_slice(positions);
-        for i in 0..len {
-            scratch.positions[ring[wrap(start + i, slots)] as usize] = -1;
-        }
-        judge(scratch, seen, rule, scores, average).map_err(|bad| score_error(bad, scores, &place))?;
+        let (from_start, wrapped) = (len.min(slots - start), (start + len).saturating_sub(slots));
+        let queued = [&ring[start..start + from_start], &ring[..wrapped]];
+        let candidates = Candidates { stored: positions, queued, columns: &[], seen: seen as i32, scores };
+        scratch.decide(candidates, rule).map_err(|bad| score_error(bad, scores, &place))?;
         if scratch.victims.len() != victims {
             fail!(
                 Cache,
@@ -727,8 +716,7 @@ fn choose(
                 scratch.victims.len()
             );
         }
-        scratch.victims.sort_unstable_by_key(|&slot| scratch.positions[slot as usize]);
-        for (i, &slot) in scratch.victims.iter().enumerate() {
+        for (i, slot) in scratch.oldest_first(positions).enumerate() {
             ring[wrap(start + len + i, slots)] = slot;
         }
         Ok(())

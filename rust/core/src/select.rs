@@ -45,11 +45,13 @@ impl Cut {
     }
 }
 
-/// The keys that take part: how many, and between which values. Keys below `least` take no part.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+/// The key of what takes no part: above every score's, so that it is never below a cut.
+pub(crate) const OUTSIDE: i32 = i32::MAX;
+
+/// The keys that take part: how many, and what none of them exceeds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Field {
     pub(crate) count: usize,
-    pub(crate) least: i32,
     pub(crate) most: i32,
 }
 
@@ -62,10 +64,10 @@ pub(crate) struct Hint {
     spacing: f64,
 }
 
-/// How many keys are `least` or more. Counting the others lets the comparison read its operand from memory.
+/// How many keys are below `least`.
 #[inline(always)]
-fn count_from(keys: &[i32], least: i32) -> usize {
-    keys.len() - keys.iter().map(|&key| u32::from(least > key)).sum::<u32>() as usize
+fn count_below(keys: &[i32], least: i32) -> usize {
+    keys.iter().map(|&key| u32::from(least > key)).sum::<u32>() as usize
 }
 
 /// Where to cut so that `k` keys are taken, or all that take part if they are fewer. `positions` settle ties; `ties` is scratch.
@@ -82,11 +84,11 @@ pub(crate) fn cut(
         return Cut::NOTHING;
     }
     if field.count <= k {
-        return Cut { key: field.least, position: 0 };
+        return Cut { key: 0, position: 0 };
     }
     // `low` takes `over` too many, `high` takes `under` too few. The weights are the same numbers, but halved when their end has
     // not moved for a while (the Illinois rule), so that a guess falls on its other side.
-    let (mut low, mut high) = (field.least, field.most.saturating_add(1));
+    let (mut low, mut high) = (0, field.most.saturating_add(1));
     let (mut over, mut under) = (field.count - k, k);
     let (mut low_weight, mut high_weight) = (over as f64, under as f64);
     let (mut low_counted, mut high_counted) = (false, false);
@@ -117,7 +119,7 @@ pub(crate) fn cut(
         }
         turn += 1;
         guess = guess.clamp(low + 1, high - 1);
-        let count = count_from(keys, guess);
+        let count = field.count - count_below(keys, guess);
         let to_low = count > k;
         if to_low {
             (low, over, low_counted) = (guess, count - k, true);
@@ -183,10 +185,10 @@ impl Work for Row<'_> {
             keys.extend(self.scores.iter().map(|&s| bits(s)));
             row = keys;
         }
-        let field = Field { count: row.len(), least: 0, most: FINITE as i32 };
+        let field = Field { count: row.len(), most: FINITE as i32 };
         let cut = cut(row, k, field, hint, |i| i as i32, ties);
         if cut.position == 0 {
-            lanes.above(row, cut.key - 1, self.out);
+            lanes.indices::<true>(row, cut.key - 1, self.out);
         } else {
             let taken = row.iter().enumerate().filter(|&(i, &key)| cut.takes(key, i as i32));
             for (slot, (i, _)) in self.out.iter_mut().zip(taken) {
