@@ -92,3 +92,5 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "largest batch" in capsys.readouterr().out
     assert main(["plan", "-m", str(directory()), "--gpu", "toaster"]) == 2
     assert "h100" in capsys.readouterr().err
+    assert main(["plan", "-m", str(directory()), "--memory", "-1"]) == 2
+    assert capsys.readouterr().err == "error: memory -1 GB is not above 0\n"
