@@ -11,6 +11,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
+# One process a core; torch runs on one thread in each (tests/conftest.py).
+PYTEST := $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 CARGO_ARGS ?= --locked
 MIRI_TOOLCHAIN ?= nightly
 
@@ -102,7 +104,7 @@ test-rust: | $(BIN)/python ## cargo test
 
 .PHONY: test-python
 test-python: setup ## pytest; options go in PYTEST_ARGS
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 .PHONY: fmt
 fmt: $(VENV)/.stamp-build ## Format everything and apply ruff's safe fixes
@@ -124,7 +126,7 @@ $(OLD_TRANSFORMERS)/.stamp: | $(BIN)/python
 .PHONY: test-transformers-5.17
 test-transformers-5.17: setup $(OLD_TRANSFORMERS)/.stamp ## pytest on the oldest supported transformers
 	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
-	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/python -m pytest -m 'not smollm2' --ignore tests/test_kernels.py --ignore tests/test_trace.py $(PYTEST_ARGS)
+	PYTHONPATH=$(OLD_TRANSFORMERS) $(PYTEST) -m 'not smollm2' --ignore tests/test_kernels.py --ignore tests/test_trace.py $(PYTEST_ARGS)
 
 .PHONY: examples
 examples: setup ## Run every example, shortened

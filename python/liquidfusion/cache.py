@@ -543,6 +543,9 @@ class Call:
     store: Store | None = None
     attended: int = 0
     _single: list[int] = field(default_factory=list)
+    _undecided: Callable[[], None] | None = None
+    _host_scores: Tensor | None = None
+    _by_device: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def take(self, layer: int) -> None:
         """Note which layer attends next."""
@@ -568,6 +571,7 @@ class Call:
         if self.layer is None:
             raise CacheError("attention ran for a layer that did not hand its keys and values to the cache")
         index, self.layer = self.layer, None
+        self._settle()
         key, value = key.detach(), value.detach()
         store = self.store or self._begin(key)
         layer = store.layer(index, key, value)
@@ -584,7 +588,8 @@ class Call:
                 f"{type(self.cache.model).__name__} ran {self.attended} of {len(self.cache)} attention layers through "
                 "the cache; every layer must use transformers' attention interface"
             )
-        self.store.finish()
+        self._settle()
+        self.store.finish(pull=self.columns == 1)
 
     def _begin(self, key: Tensor) -> Store:
         store = self.store = self.cache._prepare(self, key)
@@ -689,6 +694,7 @@ class Call:
         stored = store.slots if any(self.seen) else 0
         old_mass = None if layer.mass is None else layer.mass[..., :stored]
         old_peak = None if layer.peak is None else layer.peak[..., :stored]
+        ages, first_position = self._on(key.device)
         output, mass, peak = kernels.prefill(
             query,
             key,
@@ -696,7 +702,7 @@ class Call:
             layer.keys[:, :, :stored],
             layer.values[:, :, :stored],
             layer.positions[..., :stored],
-            self._ages().to(key.device),
+            ages,
             old_mass,
             old_peak,
             scale=scale,
@@ -706,7 +712,7 @@ class Call:
             softcap=softcap,
             window=window,
             look_gap=store.spec.look_gap,
-            first_position=torch.tensor(self.seen, dtype=torch.int32, device=key.device),
+            first_position=first_position,
             padded=self.ranks is not None,
             full=min(self.seen) >= store.slots,
         )
@@ -726,22 +732,60 @@ class Call:
     ) -> None:
         """Let the core choose what stays of the slots and the chunk, and put the chosen columns into their slots.
 
+        On a GPU the choice is made when the next layer attends, so that the device need not wait for the host: it
+        multiplies on meanwhile. Until then the chunk's keys and values stay, so two layers' exist for a moment.
+
         `mass`, `peak`: float32 `[batch, kv_heads, stored + columns]`, updated for this call.
         """
-        if mass is not None and peak is not None:
-            mass, peak = mass.cpu(), peak.cpu()
-            if not stored:
-                empty = mass.new_zeros((*mass.shape[:2], store.slots))
-                mass, peak = torch.cat((empty, mass), 2), torch.cat((empty, peak), 2)
-            if self._single:
-                rows = self._single
-                store.set_scores(index, rows, mass[rows, :, : store.slots], peak[rows, :, : store.slots])
-        source = torch.empty((store.batch, store.kv_heads, store.slots), dtype=torch.int32)
+        if mass is None or peak is None:
+            self._choose(store, index, layer, key, value, None)
+            return
+        scores = torch.stack((mass, peak))
+        if not stored:
+            scores = torch.nn.functional.pad(scores, (store.slots, 0))
+        if key.device.type != "cuda":
+            self._choose(store, index, layer, key, value, scores.cpu())
+            return
+        if self._host_scores is None:
+            self._host_scores = torch.empty(scores.shape, pin_memory=True)
+        host = self._host_scores
+        host.copy_(scores, non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record(torch.cuda.current_stream(key.device))
+
+        def choose() -> None:
+            copied.synchronize()
+            self._choose(store, index, layer, key, value, host)
+
+        self._undecided = choose
+
+    def _settle(self) -> None:
+        """Make the choice that the layer before has left open."""
+        if self._undecided is not None:
+            choose, self._undecided = self._undecided, None
+            choose()
+
+    def _choose(
+        self, store: Store, index: int, layer: Layer, key: Tensor, value: Tensor, scores: Tensor | None
+    ) -> None:
+        mass, peak = (None, None) if scores is None else scores.unbind()
+        if mass is not None and peak is not None and self._single:
+            rows = self._single
+            store.set_scores(index, rows, mass[rows, :, : store.slots], peak[rows, :, : store.slots])
+        shape = (store.batch, store.kv_heads, store.slots)
+        source = torch.empty(shape, dtype=torch.int32, pin_memory=key.device.type == "cuda")
         store.chunk(index, self._ranks(), mass, peak, source)
-        source = source.to(key.device)
+        source = source.to(key.device, non_blocking=True)
         moved, column = (source >= 0)[..., None], source.clamp(min=0).long()[..., None]
         for buffer, new in ((layer.keys, key), (layer.values, value)):
             buffer.copy_(torch.where(moved, new.gather(2, column.expand(-1, -1, -1, new.shape[3])), buffer))
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Ages and first positions on a device; copied once a call, since each such copy waits for the device."""
+        if device not in self._by_device:
+            first = torch.tensor(self.seen, dtype=torch.int32)
+            self._by_device[device] = self._ages().to(device), first.to(device)
+        return self._by_device[device]
 
     def _ranks(self) -> Tensor:
         if self.ranks is not None:

@@ -138,6 +138,7 @@ class Decoder:
         if self.running:
             return
         self.running = True
+        self.store.wait_uploads()
         self._steps = self._replayed = 0
         self.used.zero_()
         self.seen.copy_(torch.tensor(self.store.ledger.seen, dtype=torch.int32))

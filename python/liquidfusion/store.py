@@ -99,6 +99,7 @@ class Store:
         self.host = Scores.empty((layers, batch, kv_heads, slots), spec.scored, cpu, pinned=device.type == "cuda")
         self.mirrors: dict[torch.device, list[Scores]] = {cpu: self.host.unbind()} if shared else {}
         self._shared = shared
+        self._uploading: set[torch.device] = set()
         self.ledger = _core.Ledger(spec, self.host.positions, self.host.mass, self.host.peak, threads=threads)
         self.layers: list[Layer | None] = [None] * layers
         with torch.inference_mode(False):
@@ -137,7 +138,10 @@ class Store:
 
     def begin(self, lengths: Sequence[int]) -> None:
         """Start a call that brings `lengths[row]` real tokens; `written` says where rows with one token put it."""
+        self.wait_uploads()
         self.ledger.begin(lengths, self.written)
+        if 1 not in lengths:
+            return  # no slot was overwritten
         for device, mirror in self._remote():
             taken = self.written.to(device)
             for scores, host, slots in zip(mirror, self.host.positions, taken, strict=True):
@@ -152,16 +156,26 @@ class Store:
         self.ledger.chunk(index, ranks, mass, peak, source)
         self._upload(index)
 
+    def wait_uploads(self) -> None:
+        """Wait until the devices have read what the host sent: it may be overwritten then."""
+        for device in self._uploading:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        self._uploading.clear()
+
     def set_scores(self, index: int, rows: list[int], mass: Tensor, peak: Tensor) -> None:
-        """Overwrite the scores `[rows, kv_heads, slots]` (CPU) of some batch rows of a layer."""
+        """Overwrite the scores `[rows, kv_heads, slots]` (CPU) of some batch rows, before the layer's `chunk`."""
         if self.host.mass is None or self.host.peak is None:
             return
         self.host.mass[index, rows], self.host.peak[index, rows] = mass, peak
-        self._upload(index)
 
-    def finish(self) -> None:
-        """Choose the next victims where a reuse queue runs low; only then do scores cross to the host."""
-        if self.spec.scored and self.due():
+    def finish(self, pull: bool) -> None:
+        """Choose the next victims where a reuse queue runs low.
+
+        `pull`: the call updated scores on other devices; they cross to the host when they are needed. A chunk's are
+        on the host already.
+        """
+        if pull and self.spec.scored and self.due():
             self.pull_scores()
         self.ledger.finish()
 
@@ -171,6 +185,7 @@ class Store:
 
     def pull_scores(self) -> None:
         """Bring the scores of layers on other devices to the host."""
+        self.wait_uploads()
         for index, layer in enumerate(self.layers):
             if (
                 layer is not None
@@ -190,6 +205,7 @@ class Store:
 
     def reorder(self, rows: Tensor) -> None:
         """Replace batch row `i` by row `rows[i]`, in place: nothing moves in memory that a CUDA graph points to."""
+        self.wait_uploads()
         for layer in self.layers:
             if layer is not None:
                 for buffer in (layer.keys, layer.values):
@@ -202,6 +218,7 @@ class Store:
 
     def reset(self) -> None:
         """Empty every slot."""
+        self.wait_uploads()
         self.ledger.reset()
         self.push()
 
@@ -237,10 +254,11 @@ class Store:
         layer = self.layers[index]
         if layer is None or self._is_shared(layer.positions.device):
             return
-        layer.positions.copy_(self.host.positions[index])
+        self._uploading.add(layer.positions.device)
+        layer.positions.copy_(self.host.positions[index], non_blocking=True)
         for scores, host in ((layer.mass, self.host.mass), (layer.peak, self.host.peak)):
             if scores is not None and host is not None:
-                scores.copy_(host[index])
+                scores.copy_(host[index], non_blocking=True)
 
 
 def empty_slots(like: Tensor, slots: int) -> Tensor:

@@ -499,6 +499,9 @@ def speed(
     shape: Annotated[
         str, typer.Option(help="Random weights: llama-3.1-8b, qwen3-8b, smollm2-135m or custom (small).")
     ] = "smollm2-135m",
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="A model instead of a shape: smollm2, a directory or a hub id.")
+    ] = None,
     budget: Annotated[int, typer.Option(min=8, help="Slots of the bounded cache.")] = 2048,
     contexts: Annotated[str, typer.Option(help="Context lengths of the full caches, with commas.")] = "32768,131072",
     prefill: Annotated[str, typer.Option(help="Prompt lengths, with commas.")] = "32768",
@@ -517,7 +520,7 @@ def speed(
     from dataclasses import asdict
 
     from liquidfusion.bench import inputs, machine, models, output, results
-    from liquidfusion.bench.speed import PARTS, Bench, Plan, Results, build, shape_config
+    from liquidfusion.bench.speed import PARTS, Bench, Plan, Results, build, shape_config, shown
 
     chosen = tuple(inputs.words(parts or "")) or PARTS
     for part in chosen:
@@ -530,11 +533,15 @@ def speed(
     kind = models.resolve_dtype(dtype, where)
     shape_config(shape)
     results.check_writable(output_dir)
-    model = build(shape, where, kind)
-    path = output_dir / f"speed_{shape}_{results.stamp()}.json"
+    if model is None:
+        name, measured = shape, build(shape, where, kind)
+    else:
+        loaded = models.load(model, device=device, dtype=dtype)
+        name, measured = loaded.name, loaded.model
+    path = output_dir / f"speed_{results.safe(name)}_{results.stamp()}.json"
     found = Results()
     metadata = {
-        "model_name": shape,
+        "model_name": name,
         **asdict(plan),
         "dtype": str(kind).removeprefix("torch."),
         "versions": machine.versions(),
@@ -552,14 +559,14 @@ def speed(
         save()
 
     found.report = keep
-    Bench(model, plan, found).run()
+    Bench(measured, plan, found).run()
     text = save()
     if as_json:
         typer.echo(text, nl=False)
     elif quiet:
         typer.echo(path)
     else:
-        output.table(["figure", "value"], [[name, f"{value:.5g}"] for name, value in found.figures.items()])
+        output.table(["figure", "value"], [[key, shown(value)] for key, value in found.figures.items()])
         typer.echo(str(path))
 
 

@@ -57,8 +57,9 @@ def _throughput(model: str, figures: dict[str, float]) -> Chart:
     for name, value in figures.items():
         if match := re.fullmatch(r"B=(\d+), (graph|compile), tokens/s", name):
             lines[_CACHES[match[2] == "graph"]].append(Point(float(match[1]), value))
-        elif match := re.fullmatch(r"StaticCache B=(\d+) at (\d+), tokens/s", name):
-            lines.setdefault(f"StaticCache at {short(int(match[2]))}", []).append(Point(float(match[1]), value))
+        elif match := re.fullmatch(r"(Dynamic|Static)Cache B=(\d+) at (\d+), tokens/s", name):
+            label = f"{match[1]}Cache at {short(int(match[3]))}"
+            lines.setdefault(label, []).append(Point(float(match[2]), value))
     return Chart(f"throughput, {model}", "sequences at once", "tokens/s", _series(lines), zero=True)
 
 

@@ -69,8 +69,12 @@ def _finite(value: object) -> object:
 
 def file_stem(strategy: str, model: str, size: str) -> str:
     """Return ``benchmark_results_{strategy}_{model}_{cache_size}``, safe on every file system."""
-    safe = re.sub(r"[^A-Za-z0-9.-]+", "-", model).strip("-.") or "model"
-    return f"benchmark_results_{strategy}_{safe}_{size}"
+    return f"benchmark_results_{strategy}_{safe(model)}_{size}"
+
+
+def safe(model: str) -> str:
+    """Return a model's name as file names carry it."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", model).strip("-.") or "model"
 
 
 def save(document: dict[str, Any], directory: Path) -> Path:

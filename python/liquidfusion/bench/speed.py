@@ -103,7 +103,7 @@ class Results:
     def add(self, name: str, value: float) -> None:
         """Keep a figure and show it."""
         self.figures[name] = value
-        self.report(f"{name}: {value:.5g}")
+        self.report(f"{name}: {shown(value)}")
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -150,6 +150,11 @@ def shape_config(shape: str) -> PreTrainedConfig:
         settings.pop("model_type"), **settings, pad_token_id=0, eos_token_id=None
     )
     return config
+
+
+def shown(value: float) -> str:
+    """Write a count in full and a measurement with five digits."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
 
 
 def repeat(step: Callable[[int], Any], indices: range) -> None:
@@ -241,11 +246,16 @@ class Bench:
         return float((weights + slots * (2 * self.head_dim * element + 12)) / rate)
 
     def decode(self) -> None:
-        """Step time at B = 1: ours, and what transformers offers at each context."""
+        """Step time at B = 1: ours after the shortest context, and what transformers offers at each."""
         self.results.add("floor B=1, ms", 1e3 * self.floor(1))
         with self.results.part("ours, graph"):
-            cache = self.cache(1, 2 * self.plan.budget)
-            self.results.add("ours, graph, ms", 1e3 * self.step_time(self.our_step(cache), 1, 2 * self.plan.budget))
+            prompt = max(2 * self.plan.budget, min(self.plan.contexts))
+            cache = self.cache(1, prompt)
+            self.results.add("ours, graph, ms", 1e3 * self.step_time(self.our_step(cache), 1, prompt))
+            element = next(self.model.parameters()).element_size()
+            slots = self.config.num_hidden_layers * self.kv_heads * self.plan.budget
+            self.results.add("cache, bytes", cache.nbytes)
+            self.results.add("cache by the formula, bytes", slots * (2 * self.head_dim * element + 12))
         for context in self.plan.contexts:
             with self.results.part(f"DynamicCache {context}"):
                 dynamic = DynamicCache(config=self.config)
@@ -312,11 +322,16 @@ class Bench:
         element = next(self.model.parameters()).element_size()
         per_token = 2 * self.config.num_hidden_layers * self.kv_heads * self.head_dim * element
         free = torch.cuda.mem_get_info(self.device)[0]
-        for count in range(max(1, int(0.95 * free / per_token / context)), 0, -1):
-            with self.results.part(f"StaticCache B={count}, {context}"):
-                self._static_throughput(count, context)
-            if f"StaticCache B={count} at {context}, tokens/s" in self.results.figures:
-                break
+        for name, make in (
+            ("DynamicCache", lambda: DynamicCache(config=self.config)),
+            ("StaticCache", lambda: StaticCache(config=self.config, max_cache_len=context + 64)),
+        ):
+            for count in range(max(1, int(0.95 * free / per_token / context)), 0, -1):
+                figure = f"{name} B={count} at {context}, tokens/s"
+                with self.results.part(figure):
+                    self._their_throughput(figure, make(), count, context)
+                if figure in self.results.figures:
+                    break
         ours = int(0.8 * free / per_token / self.plan.budget) // 16 * 16
         with self.results.part(f"B={ours}, graph"):
             self._throughput(ours, "graph")
@@ -368,11 +383,9 @@ class Bench:
         seconds = self.step_time(self.our_step(cache), batch, 0)
         self.results.add(f"B={batch}, {name}, tokens/s", batch / seconds)
 
-    def _static_throughput(self, batch: int, context: int) -> None:
-        static = StaticCache(config=self.config, max_cache_len=context + 64)
-        self._fill(static, batch, context)
-        seconds = self._hf_step(static, batch, context, steps=10)
-        self.results.add(f"StaticCache B={batch} at {context}, tokens/s", batch / seconds)
+    def _their_throughput(self, figure: str, cache: Any, batch: int, context: int) -> None:
+        self._fill(cache, batch, context)
+        self.results.add(figure, batch / self._hf_step(cache, batch, context, steps=10))
 
     def _fill(self, cache: Any, batch: int, context: int) -> None:
         shape = (batch, self.kv_heads, context, self.head_dim)
