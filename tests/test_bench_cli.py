@@ -12,9 +12,10 @@ import pytest
 
 from benchmodel import directory
 from liquidfusion import _core
-from liquidfusion.bench import results, runner
+from liquidfusion.bench import models, results, runner, speed
 from liquidfusion.bench.cli import main
 
+SPEED = ["speed", "--shape", "custom", "--device", "cpu", "--budget", "16", "--contexts", "32", "--prefill", "32"]
 STRATEGIES = [entry["name"] for entry in _core.strategies()]
 
 
@@ -139,22 +140,58 @@ def test_errors_are_one_line(
     assert not list(out.glob("*")) if out.exists() else True
 
 
-def test_output_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+WRITERS = {
+    "run": ["--prompt", "hello", "--max-tokens", "2", "--output-dir"],
+    "sweep": ["--tasks", "generate", "--prompt", "hello", "--strategies", "local", "--output-dir"],
+    "stream": ["--tokens", "32", "--window", "16", "--output-dir"],
+    "speed": ["--parts", "prefill", "--output-dir"],
+    "show": ["--prompt", "hello", "--html"],
+}
+
+
+def write(command: str, target: Path) -> int:
+    start = SPEED if command == "speed" else [command, "-m", str(directory()), "--device", "cpu"]
+    return main([*start, *WRITERS[command], str(target / "page.html" if command == "show" else target), "--quiet"])
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_output_that_cannot_be_written(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def worked(*_: object, **__: object) -> None:
+        raise AssertionError("that must be told before any work")
+
+    monkeypatch.setattr(models, "load", worked)
+    monkeypatch.setattr(speed, "build", worked)
     (tmp_path / "file").touch()
-    assert run("--quiet", out=tmp_path / "file") == 1
-    assert capsys.readouterr().err.count("\n") == 1
+    assert write(command, tmp_path / "file") == 1
+    assert re.fullmatch(f"error: {tmp_path}/file: .*\n", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("command", WRITERS)
 def test_full_disk_leaves_no_torn_file(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results.os, "fsync", full)
+    assert write(command, tmp_path) == 1
+    assert re.fullmatch(f"error: {tmp_path}/[^ .]*.*: No space left on device\n", capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_full_disk_does_not_swallow_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(results.os, "fsync", full)
-    assert run("--prompt", "hello", "--max-tokens", "2", out=tmp_path) == 1
-    assert "No space left" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert run("--prompt", "hello", "--max-tokens", "2", "--json", out=tmp_path) == 1
+    assert json.loads(capsys.readouterr().out)["metrics"]
+    assert run("--prompt", "hello", "--max-tokens", "3", out=tmp_path) == 1
+    assert "tokens per second" in capsys.readouterr().out
 
 
 def test_interrupt_keeps_finished_results(
@@ -194,9 +231,6 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     for name in ("cache-size", "budget", "window-size", "sink-update-rate", "eviction-interval", "prompt-file"):
         assert re.search(f"--{name}", shown)
-
-
-SPEED = ["speed", "--shape", "custom", "--device", "cpu", "--budget", "16", "--contexts", "32", "--prefill", "32"]
 
 
 @pytest.mark.parametrize(

@@ -62,17 +62,18 @@ def test_user_directory_comes_first(tmp_path: Path) -> None:
         ("dtype=float8", "bfloat16"),
         ("models=[1]", "'models'.*text"),
         ("seed=[", "not YAML"),
+        ("tasks={}", "tasks is empty"),
     ],
 )
 def test_errors_name_the_key(word: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        experiments.load([word])
+        experiments.load([word]).cells()
 
 
 def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- a\n", encoding="utf8")
     (tmp_path / "torn.yaml").write_text("a: [\n", encoding="utf8")
-    for name, message in (("list", "keys and values"), ("torn", "not YAML")):
+    for name, message in (("list", "keys and values"), ("torn", r"torn\.yaml, line 2: not YAML: expected")):
         with pytest.raises(ConfigError, match=message):
             experiments.load([f"experiment={name}"], [tmp_path])
 

@@ -64,7 +64,9 @@ def test_arithmetic() -> None:
         # an earlier run of the kernels' prototype
         (32768, 1, False, 22.8, None),
         (2048, 1, False, 9.1, None),
-        (2048, 64, False, None, 16.0),
+        (2048, 64, False, None, 15.7),
+        (2048, 64, True, None, 13.6),
+        (2048, 192, False, None, 31.3),
     ],
 )
 def test_times_to_expect_are_those_measured(
@@ -82,7 +84,7 @@ def test_times_to_expect_are_those_measured(
     )
     for expected, measured in ((found.full_step_seconds, full_ms), (found.bounded_step_seconds, bounded_ms)):
         if measured is not None:
-            assert 1000 * expected == pytest.approx(measured, rel=0.1)
+            assert 1000 * expected == pytest.approx(measured, rel=0.15)
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,3 +94,5 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "largest batch" in capsys.readouterr().out
     assert main(["plan", "-m", str(directory()), "--gpu", "toaster"]) == 2
     assert "h100" in capsys.readouterr().err
+    assert main(["plan", "-m", str(directory()), "--memory", "-1"]) == 2
+    assert capsys.readouterr().err == "error: memory -1 GB is not above 0\n"

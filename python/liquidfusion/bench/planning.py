@@ -139,9 +139,14 @@ def plan(
     ConfigError
         A number is out of range.
     """
-    for name, value in (("memory", memory), ("bandwidth", bandwidth), ("context", context), ("batch", batch)):
+    for name, value, unit in (
+        ("memory", memory / 1e9, " GB"),
+        ("bandwidth", bandwidth / 1e12, " TB/s"),
+        ("context", context, ""),
+        ("batch", batch, ""),
+    ):
         if not value > 0:
-            raise ConfigError(f"{name} {value:g} is not above 0")
+            raise ConfigError(f"{name} {value:g}{unit} is not above 0")
     if not 0 <= reserve < 1:
         raise ConfigError(f"reserve {reserve:g} is not a share from 0 up to, but not including, 1")
     spec = cache.spec(context)

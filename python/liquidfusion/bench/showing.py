@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from rich.text import Text
+from transformers import PreTrainedConfig
 
 from liquidfusion.bench import decoding
 from liquidfusion.bench.caches import CacheOptions
@@ -119,7 +120,7 @@ def keep(loaded: Loaded, text: str, cache: CacheOptions, *, max_tokens: int = 0,
     return Kept([tokenizer.decode([token]) for token in ids], max_tokens, kept, mass)
 
 
-def check_place(kept: Kept, layer: int | None, head: int | None) -> None:
+def check_place(config: PreTrainedConfig, layer: int | None, head: int | None) -> None:
     """Refuse a layer or head that the model does not have.
 
     Raises
@@ -127,7 +128,9 @@ def check_place(kept: Kept, layer: int | None, head: int | None) -> None:
     ConfigError
         There is no such layer or head.
     """
-    for name, value, count in (("layer", layer, kept.kept.shape[0]), ("head", head, kept.kept.shape[1])):
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    for name, value, count in (("layer", layer, text.num_hidden_layers), ("head", head, heads)):
         if value is not None and not 0 <= value < count:
             raise ConfigError(f"{name} {value}: 0 to {count - 1} is accepted")
 

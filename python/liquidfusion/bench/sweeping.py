@@ -3,12 +3,15 @@
 import hashlib
 import json
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ import torch
 
 from liquidfusion.bench import models, results, runner
 from liquidfusion.bench.caches import CacheOptions, FrameworkCache
-from liquidfusion.exceptions import ConfigError
+from liquidfusion.bench.models import check_name
+from liquidfusion.exceptions import ConfigError, LiquidFusionError
 
 REFERENCE = "reference"
 """Strategy name under which transformers' own cache is filed, where a task compares with it."""
@@ -106,8 +110,15 @@ def cells(
     Raises
     ------
     ConfigError
-        A name is unknown or a size out of range.
+        A name is unknown, a size out of range, or there is nothing to measure.
+    ModelError
+        A model is a directory that does not exist.
     """
+    for name, values in (("models", models), ("tasks", tasks), ("strategies", strategies)):
+        if not values:
+            raise ConfigError(f"{name} is empty: give at least one")
+    for model in models:
+        check_name(model)
     given = dict(parameters or {})
     sizes: list[dict[str, Any]] = [{"cache_size": float(size)} for size in cache_sizes]
     sizes += [{"budget": budget} for budget in budgets]
@@ -152,6 +163,8 @@ def sweep(
     ------
     OSError
         The directory cannot be written.
+    LiquidFusionError
+        One of several processes died.
     """
     results.check_writable(directory)
     todo: list[Cell] = []
@@ -173,16 +186,33 @@ def sweep(
     for device in devices:
         queue.put(device)
     threads = max(1, (torch.get_num_threads() // len(devices)))
+    before, waiting = set(active_children()), set[Future[Outcome]]()
     with ProcessPoolExecutor(len(devices), context, initializer=_start, initargs=(queue, threads)) as pool:
-        for batch in (reference, others):
-            waiting = {pool.submit(_measure_there, cell, directory) for cell in batch}
-            try:
+        try:
+            for batch in (reference, others):
+                with _interrupts_held():  # workers start here: ending them is for this process
+                    waiting = {pool.submit(_measure_there, cell, directory) for cell in batch}
                 while waiting:
                     done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in done)
-            finally:
-                for future in waiting:
-                    future.cancel()
+        except BrokenProcessPool as error:
+            raise LiquidFusionError("a worker died, perhaps out of memory; start again to continue") from error
+        finally:
+            for worker in set(active_children()) - before if waiting else ():
+                worker.terminate()
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back; a process that starts meanwhile never sees it, and this one does afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _is_reference(cell: Cell) -> bool:
