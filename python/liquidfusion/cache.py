@@ -637,7 +637,9 @@ class Call:
         softcap: float,
     ) -> Tensor:
         if not self._single and store.spec.bounded and kernels_usable(key.device):
-            return self._fused_chunk(store, index, layer, query, key, value, scale, window, softcap)
+            # Triton launches on the current device, wherever the tensors are.
+            with torch.cuda.device_of(key):  # type: ignore[no-untyped-call]
+                return self._fused_chunk(store, index, layer, query, key, value, scale, window, softcap)
         ranks, seen = self._ranks(), torch.tensor(self.seen, dtype=torch.int32)[:, None]
         query_positions = (ranks + seen).masked_fill(ranks < 0, -1)
         new_positions = query_positions.clone()
