@@ -616,12 +616,11 @@ class Call:
     def _decode(self, layer: Layer, query: Tensor, scale: float, window: int, softcap: float) -> Tensor:
         newest = torch.tensor([[n if length else -1] for n, length in zip(self.seen, self.lengths, strict=True)])
         dense = len(self._single) == self.batch and min(self.seen) + 1 >= layer.keys.shape[2] and not window
-        mask = None if dense else attention.visible(newest.to(query.device), layer.positions, window)
+        ages, newest = newest.clamp(max=0).int(), newest.to(query.device)
+        mask = None if dense else attention.visible(newest, layer.positions, window)
         observe = None
         if layer.mass is not None and layer.peak is not None:
-            observe = self._observer(
-                newest.clamp(max=0).int(), newest, layer.positions, layer.keys, layer.values, layer.mass, layer.peak
-            )
+            observe = self._observer(ages, newest, layer.positions, layer.keys, layer.values, layer.mass, layer.peak)
         return attention.attend(query, layer.keys, layer.values, mask, scale, softcap, observe)
 
     def _chunk(
@@ -637,7 +636,9 @@ class Call:
         softcap: float,
     ) -> Tensor:
         if not self._single and store.spec.bounded and kernels_usable(key.device):
-            return self._fused_chunk(store, index, layer, query, key, value, scale, window, softcap)
+            # Triton launches on the current device, wherever the tensors are.
+            with torch.cuda.device_of(key):  # type: ignore[no-untyped-call]
+                return self._fused_chunk(store, index, layer, query, key, value, scale, window, softcap)
         ranks, seen = self._ranks(), torch.tensor(self.seen, dtype=torch.int32)[:, None]
         query_positions = (ranks + seen).masked_fill(ranks < 0, -1)
         new_positions = query_positions.clone()

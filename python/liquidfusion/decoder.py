@@ -179,6 +179,11 @@ class Decoder:
         ModelOutput
             The caller's own: a later step does not change it.
         """
+        # Triton launches, and graphs are captured, on the current device.
+        with torch.cuda.device_of(self.ring):  # type: ignore[no-untyped-call]
+            return self._step(forward, inputs, columns)
+
+    def _step(self, forward: Callable[..., Any], inputs: dict[str, Any], columns: int) -> Any:
         self.start()
         if self._gpu:
             torch.cuda.current_stream(self.device).wait_event(self._ring_copied)

@@ -191,7 +191,7 @@ class Store:
                 layer is not None
                 and layer.mass is not None
                 and layer.peak is not None
-                and layer.mass.device.type != "cpu"
+                and not self._is_shared(layer.mass.device)
             ):
                 assert self.host.mass is not None
                 assert self.host.peak is not None

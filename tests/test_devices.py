@@ -1,0 +1,66 @@
+"""Layers on several devices: scores kept beside slots elsewhere than the core's, and hooks that move layers about."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import liquidfusion as lf
+from liquidfusion import cache as cache_module
+from liquidfusion.store import Store
+from tiny import build, cache_keyword, padded, tiny
+
+STRATEGIES = tuple(info["name"] for info in lf.strategies())
+
+
+def answer(model: PreTrainedModel, strategy: str, **options: Any) -> tuple[list[Any], list[Any], int]:
+    """Tokens, kept positions and evictions of a padded batch."""
+    ids, mask = padded((40, 27, 33))
+    cache = lf.KVCache(model, strategy, 24, eviction_interval=2)
+    out = model.generate(
+        ids, attention_mask=mask, do_sample=False, max_new_tokens=30, **options, **{cache_keyword(model): cache}
+    )
+    return out.tolist(), [cache.positions(layer).tolist() for layer in range(len(cache))], cache.evictions
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "full"])
+def test_slots_beside_the_core_are_the_cores_own(
+    monkeypatch: pytest.MonkeyPatch, strategy: str, chunk: int | None
+) -> None:
+    """A layer on another device has positions and scores of its own there; mirrored on the CPU, nothing may differ."""
+    options = {} if chunk is None else {"prefill_chunk_size": chunk}
+    expected = answer(tiny("llama"), strategy, **options)
+    stores = []
+
+    def mirrored(*args: Any) -> Store:
+        stores.append(Store(*args[:7], False))
+        return stores[-1]
+
+    monkeypatch.setattr(cache_module, "Store", mirrored)
+    assert answer(tiny("llama"), strategy, **options) == expected
+    layer = stores[0].layers[0]
+    assert layer is not None
+    assert layer.positions.data_ptr() != stores[0].host.positions.data_ptr()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_device_map_with_hooks(tmp_path: Path) -> None:
+    """Layers that are on the device only while they run, as `device_map="auto"` arranges when memory is short."""
+    pytest.importorskip("accelerate")
+    model = build("llama")
+    model.save_pretrained(tmp_path / "model")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "disk"}
+    places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    spread = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.float32, device_map=places, offload_folder=tmp_path / "offload"
+    ).eval()
+    assert spread.model.layers[1].mlp.up_proj.weight.device.type == "meta"
+    spread.generation_config.pad_token_id = 0
+    assert answer(spread, "liquid_fusion") == answer(model, "liquid_fusion")
+    lf.uninstall(spread)
+    assert spread.generate(padded((9,))[0], max_new_tokens=3).shape == (1, 12)
