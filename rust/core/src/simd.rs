@@ -206,7 +206,9 @@ impl Lanes for Avx2 {
         let (avx, avx2) = (simd.avx, simd.avx2);
         let (bounds, eight) = (avx._mm256_set1_epi32(bound), avx._mm256_set1_epi32(8));
         let mut first = avx._mm256_setzero_si256();
-        let [indices, a, b] = out;
+        let len = keys.len();
+        let [indices, a, b] = out.map(|out| &mut out[..len]);
+        let room = len.saturating_sub(8);
         let (eights, _) = keys.as_chunks::<8>();
         let [values_a, values_b] = values;
         let values = values_a.as_chunks::<8>().0.iter().zip(values_b.as_chunks::<8>().0);
@@ -215,14 +217,13 @@ impl Lanes for Avx2 {
             let matches = avx2._mm256_cmpgt_epi32(bounds, pulp::cast(*eight_keys));
             let mask = avx._mm256_movemask_ps(avx._mm256_castsi256_ps(matches)) as usize & 255;
             let lanes = avx2._mm256_cvtepu8_epi32(pulp::cast(SET_LANES[mask]));
-            // Eight are written, whatever matches: as many as were read lie behind what was written before.
-            let packed = [
-                (&mut *indices, avx2._mm256_add_epi32(lanes, first)),
-                (&mut *a, avx2._mm256_permutevar8x32_epi32(pulp::cast(*value_a), lanes)),
-                (&mut *b, avx2._mm256_permutevar8x32_epi32(pulp::cast(*value_b), lanes)),
-            ];
-            for (out, packed) in packed {
-                out[count..count + 8].copy_from_slice(&pulp::cast::<_, [i32; 8]>(packed));
+            // Eight are written, whatever matches; there is room, as eight were read for every eight at most that were written. Saying
+            // so here spares three checks.
+            let at = count.min(room);
+            indices[at..at + 8].copy_from_slice(&pulp::cast::<_, [i32; 8]>(avx2._mm256_add_epi32(lanes, first)));
+            for (out, value) in [(&mut *a, value_a), (&mut *b, value_b)] {
+                let packed = avx2._mm256_permutevar8x32_epi32(pulp::cast(*value), lanes);
+                out[at..at + 8].copy_from_slice(&pulp::cast::<_, [i32; 8]>(packed));
             }
             count += mask.count_ones() as usize;
             first = avx2._mm256_add_epi32(first, eight);
