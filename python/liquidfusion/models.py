@@ -16,6 +16,16 @@ def text_config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
+def windows(model: PreTrainedModel) -> list[int]:
+    """Sliding window of every attention layer in tokens, 0 for none."""
+    config = text_config(model)
+    window = getattr(config, "sliding_window", None) or 0
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return [window] * int(config.num_hidden_layers)
+    return [window if kind == "sliding_attention" else 0 for kind in types]
+
+
 def check(model: PreTrainedModel) -> None:
     """Refuse a model whose attention does not go through transformers' attention interface.
 
@@ -29,6 +39,8 @@ def check(model: PreTrainedModel) -> None:
     config, name = text_config(model), type(model).__name__
     if model.config.is_encoder_decoder:
         raise UnsupportedError(f"{name} is an encoder-decoder model; decoder-only language models are accepted")
+    if getattr(config, "add_cross_attention", False):
+        raise UnsupportedError(f"{name} has cross-attention; decoder-only language models are accepted")
     if getattr(config, "kv_lora_rank", None):
         raise UnsupportedError(
             f"{name} uses multi-head latent attention (MLA), whose cache has no per-head keys to evict"
