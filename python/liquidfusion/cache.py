@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, NoReturn, cast
+from dataclasses import asdict, dataclass, field
+from typing import Any, NoReturn, Self, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from liquidfusion import _core, attention, kernels, models
+from liquidfusion import _core, attention, kernels, models, session
 from liquidfusion.decoder import Decoder
 from liquidfusion.exceptions import CacheError, ConfigError, UnsupportedError
 from liquidfusion.install import install, switched
@@ -131,6 +132,7 @@ class KVCache(Cache):
         self._specs = list(dict.fromkeys(specs))
         self._places = [(self._specs.index(spec), specs[:i].count(spec)) for i, spec in enumerate(specs)]
         self._stores: list[Store] = []
+        self._evicted_before = 0
         self._columns = 0
         self._broken: str | None = None
         install(model, KVCache)
@@ -149,7 +151,7 @@ class KVCache(Cache):
     def evictions(self) -> int:
         """Tokens evicted so far, summed over layers, batch rows and kv heads; also those that left a layer's window."""
         self._settle()
-        return sum(store.ledger.evictions for store in self._stores)
+        return self._evicted_before + sum(store.ledger.evictions for store in self._stores)
 
     @property
     def nbytes(self) -> int:
@@ -208,7 +210,98 @@ class KVCache(Cache):
             self._decoder.abandon()
         for store in self._stores:
             store.reset()
-        self._columns, self._broken = 0, None
+        self._columns, self._evicted_before, self._broken = 0, 0, None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to a file, so that `load` can go on where it is.
+
+        The file is written beside `path` first and renamed: what was there stays until the new one is whole. With
+        tensor parallelism each process saves its own heads to a path of its own.
+
+        Parameters
+        ----------
+        path : str or PathLike
+            A safetensors file; its folder must exist.
+
+        Raises
+        ------
+        CacheError
+            The cache has not been used yet, or an earlier call failed half-way.
+        """
+        session.write(self._state(), path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: PreTrainedModel, **options: Any) -> Self:
+        """A cache that goes on where the saved one was; its strategy and budget come from the file.
+
+        Parameters
+        ----------
+        path : str or PathLike
+            What `save` has written.
+        model : PreTrainedModel
+            A model of the same architecture, shape and dtype.
+        **options
+            `threads`, `graph`, `compile`, `overlap`, as for a new cache.
+
+        Raises
+        ------
+        CacheError
+            The file is truncated, no session, was changed, or belongs to another model.
+        ConfigError
+            An option that is not among those above.
+        """
+        unknown = sorted(set(options) - {"threads", "graph", "compile", "overlap"})
+        if unknown:
+            raise ConfigError(f"{unknown[0]} comes from the file; threads, graph, compile and overlap are accepted")
+        models.check(model)
+        state = session.read(path, model)
+        return cls._from_state(state, model, models.layer_devices(model), options)
+
+    def copy(self) -> Self:
+        """A cache of its own with the same contents, to go on in another way from here.
+
+        Raises
+        ------
+        CacheError
+            The cache has not been used yet, or an earlier call failed half-way.
+        """
+        options = {
+            "threads": self._threads, "graph": self._graph, "compile": self._compile, "overlap": self._overlap
+        }  # fmt: skip
+        state = self._state()
+        devices = [state.tensors[f"keys.{layer}"].device for layer in range(len(self))]
+        return self._from_state(state, self.model, devices, options)
+
+    def _state(self) -> session.State:
+        if self._broken is not None:
+            raise CacheError(f"an earlier call failed half-way ({self._broken}); its state cannot be kept")
+        stores = self._settled()
+        (strategy,), parameters = self.spec.__getnewargs_ex__()
+        description = {
+            "spec": {"strategy": strategy, **parameters},
+            "model": asdict(session.Fingerprint.of(self.model)),
+            "columns": self._columns,
+            "seen": list(stores[0].ledger.seen),
+            "slots": [store.slots for store in stores],
+            "evictions": self.evictions,
+        }
+        return session.State(description, session.gather(stores, self._places))
+
+    @classmethod
+    def _from_state(
+        cls, state: session.State, model: PreTrainedModel, devices: list[torch.device], options: dict[str, Any]
+    ) -> Self:
+        told = state.description
+        try:
+            cache = cls(model, **told["spec"], **options)
+        except (ConfigError, TypeError) as error:
+            raise CacheError(f"the session's strategy cannot be: {error}") from error
+        if len(told["slots"]) != len(cache._specs):
+            raise CacheError(f"the session has {len(told['slots'])} groups of layers, this model {len(cache._specs)}")
+        cache._allocate(len(told["seen"]), told["model"]["kv_heads"], devices[0], told["slots"])
+        session.scatter(state, cache._stores, cache._places, devices)
+        cache._columns, cache._evicted_before = told["columns"], told["evictions"]
+        return cache
 
     def __repr__(self) -> str:
         params = ", ".join(f"{name}={value!r}" for name, value in self.spec.params.items() if value is not None)
@@ -500,17 +593,21 @@ class KVCache(Cache):
             self._stores = []
         needed = max(call.seen) + call.columns
         if not self._stores:
-            self._decoder = None
-            for number, spec in enumerate(self._specs):
-                layers = sum(place[0] == number for place in self._places)
-                slots = max(256, needed) if spec.budget is None else spec.budget
-                # Where the kernels run, the ledger follows the slots at a distance, also in Triton's interpreter.
-                shared = not kernels_usable(key.device) or spec.budget is None
-                self._stores.append(Store(spec, layers, batch, kv_heads, slots, key.device, self._threads, shared))
+            self._allocate(batch, kv_heads, key.device, [max(256, needed)] * len(self._specs))
         for store in self._stores:
             if store.spec.budget is None and needed > store.slots:
                 store.grow(max(needed, 2 * store.slots))
         return self._stores
+
+    def _allocate(self, batch: int, kv_heads: int, device: torch.device, slots: list[int]) -> None:
+        """New stores; `slots` says how many an unbounded strategy starts with."""
+        self._decoder = None
+        for number, spec in enumerate(self._specs):
+            layers = sum(place[0] == number for place in self._places)
+            size = slots[number] if spec.budget is None else spec.budget
+            # Where the kernels run, the ledger follows the slots at a distance, also in Triton's interpreter.
+            shared = not kernels_usable(device) or spec.budget is None
+            self._stores.append(Store(spec, layers, batch, kv_heads, size, device, self._threads, shared))
 
 
 def kernels_usable(device: torch.device) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from liquidfusion.exceptions import UnsupportedError
@@ -24,6 +25,16 @@ def windows(model: PreTrainedModel) -> list[int]:
     if types is None:
         return [window] * int(config.num_hidden_layers)
     return [window if kind == "sliding_attention" else 0 for kind in types]
+
+
+def layer_devices(model: PreTrainedModel) -> list[torch.device]:
+    """Where each attention layer's weights are, and so its slots; the model's own device where that is unknown."""
+    devices = [model.device] * int(text_config(model).num_hidden_layers)
+    for module in model.modules():
+        index, weight = getattr(module, "layer_idx", None), next(module.parameters(), None)
+        if index is not None and weight is not None and weight.device.type != "meta":
+            devices[index] = weight.device
+    return devices
 
 
 def check(model: PreTrainedModel) -> None:
