@@ -75,7 +75,7 @@ class State:
         for name in sorted(self.tensors):
             tensor = self.tensors[name].detach().cpu().contiguous()
             total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            total.update(memoryview(tensor.view(torch.uint8).numpy()))
+            total.update(tensor.view(torch.uint8).numpy().data)
         return total.hexdigest()
 
 
