@@ -40,9 +40,9 @@ def test_the_ring_reuses_the_slots_that_the_generic_path_reuses(monkeypatch, int
     assert torch.equal(tokens, expected)
     assert torch.equal(positions, kept)
     # The device's own positions agree with the host's, which only follows.
-    for index, layer in enumerate(cache._store.layers):
-        assert layer.positions.data_ptr() != cache._store.host.positions[index].data_ptr()
-        assert torch.equal(layer.positions, cache._store.host.positions[index])
+    for index, layer in enumerate(cache._stores[0].layers):
+        assert layer.positions.data_ptr() != cache._stores[0].host.positions[index].data_ptr()
+        assert torch.equal(layer.positions, cache._stores[0].host.positions[index])
 
 
 def test_reset_and_a_second_prompt_start_over(monkeypatch):

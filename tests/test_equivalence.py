@@ -52,7 +52,7 @@ def test_greedy(name: str, strategy: str) -> None:
     tokens, certain = expected(name, **options)
     for row, steps in enumerate(certain):
         assert got[row, :steps].tolist() == tokens[row, :steps].tolist()
-    assert kv.evictions == 0
+    assert (kv.evictions == 0) == (name != "mistral with a window"), "only what no query attends to any more is dropped"
 
 
 # All strategies on one model; on the others one that reads scores and one that does not.

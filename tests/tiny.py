@@ -29,23 +29,47 @@ _COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
+# The window is wider than the small budgets of the tests and narrower than the large ones: both ways are taken.
 _CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**_COMMON, num_key_value_heads=2),
     "mistral": lambda: transformers.MistralConfig(**_COMMON, num_key_value_heads=2, sliding_window=None),
     "qwen2": lambda: transformers.Qwen2Config(**_COMMON, num_key_value_heads=4),
     "qwen3": lambda: transformers.Qwen3Config(**_COMMON, num_key_value_heads=1, head_dim=16),
     "phi3": lambda: transformers.Phi3Config(**_COMMON, num_key_value_heads=2),
-    "mistral with a window": lambda: transformers.MistralConfig(**_COMMON, num_key_value_heads=2, sliding_window=24),
+    "mistral with a window": lambda: transformers.MistralConfig(**_COMMON, num_key_value_heads=2, sliding_window=32),
 }
 
 MODELS = tuple(_CONFIGS)
 
+_LEARNED = {k: v for k, v in _COMMON.items() if k not in ("initializer_range", "intermediate_size")}
+_GEMMA = {**_COMMON, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 3, "sliding_window": 10}
+_GEMMA_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+
+_CONFIGS |= {
+    "gemma2": lambda: transformers.Gemma2Config(
+        **_GEMMA, layer_types=_GEMMA_LAYERS, query_pre_attn_scalar=8, attn_logit_softcapping=4.0
+    ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**_GEMMA, layer_types=_GEMMA_LAYERS, query_pre_attn_scalar=8),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**_COMMON),
+    "opt": lambda: transformers.OPTConfig(
+        **_LEARNED, ffn_dim=48, word_embed_proj_dim=32, init_std=0.25, dropout=0.0, do_layer_norm_before=True
+    ),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=4096, initializer_range=0.25,
+        bos_token_id=1, eos_token_id=None,
+    ),
+}  # fmt: skip
+ALL_MODELS = tuple(_CONFIGS)
+"""Those of `MODELS`, and the architectures that need less testing each."""
+
 
 def build(name: str) -> PreTrainedModel:
-    """Random model of an architecture in `MODELS`, equal weights every time."""
+    """Random model of an architecture in `ALL_MODELS`, equal weights every time."""
+    # Gemma 2 loses its softcap on any other attention of transformers' own.
+    options = {"attn_implementation": "eager"} if name.startswith("gemma") else {}
     with torch.random.fork_rng():
-        torch.manual_seed(MODELS.index(name))
-        model = AutoModelForCausalLM.from_config(_CONFIGS[name](), dtype=torch.float32).eval()
+        torch.manual_seed(ALL_MODELS.index(name))
+        model = AutoModelForCausalLM.from_config(_CONFIGS[name](), dtype=torch.float32, **options).eval()
     model.generation_config.pad_token_id = 0
     return model
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, NoReturn, cast
+from dataclasses import asdict, dataclass, field
+from typing import Any, NoReturn, Self, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from liquidfusion import _core, attention, kernels, models
+from liquidfusion import _core, attention, kernels, models, session
 from liquidfusion.decoder import Decoder
 from liquidfusion.exceptions import CacheError, ConfigError, UnsupportedError
 from liquidfusion.install import install, switched
 from liquidfusion.store import Layer, Store
+
+SMALLEST_WINDOW = 8
+"""Sliding windows of fewer tokens are kept by the cache's own strategy."""
 
 
 class KVCache(Cache):
@@ -62,6 +66,9 @@ class KVCache(Cache):
 
     Notes
     -----
+    A layer with a sliding window that fits into the budget keeps its window alone, exactly, in as many slots; one with
+    a wider window is bounded like every other layer.
+
     Bytes per slot: `2 * head_dim * element_size + 12`. Sources: H2O, https://arxiv.org/abs/2306.14048; StreamingLLM,
     https://arxiv.org/abs/2309.17453.
 
@@ -120,8 +127,12 @@ class KVCache(Cache):
         self._decoder: Decoder | None = None
         self.evicting = True
         """False: GPU decode steps reuse slots in turn, to measure what eviction costs; set before the first step."""
-        self._layer_count = int(models.text_config(model).num_hidden_layers)
-        self._store: Store | None = None
+        self._windows = models.windows(model)
+        specs = [layer_spec(self.spec, window) for window in self._windows]
+        self._specs = list(dict.fromkeys(specs))
+        self._places = [(self._specs.index(spec), specs[:i].count(spec)) for i, spec in enumerate(specs)]
+        self._stores: list[Store] = []
+        self._evicted_before = 0
         self._columns = 0
         self._broken: str | None = None
         install(model, KVCache)
@@ -138,16 +149,14 @@ class KVCache(Cache):
 
     @property
     def evictions(self) -> int:
-        """Tokens evicted so far, summed over layers, batch rows and kv heads."""
+        """Tokens evicted so far, summed over layers, batch rows and kv heads; also those that left a layer's window."""
         self._settle()
-        return 0 if self._store is None else self._store.ledger.evictions
+        return self._evicted_before + sum(store.ledger.evictions for store in self._stores)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the slots, their positions and scores, and the reuse queues hold; 0 before the first call."""
-        if self._store is None:
-            return 0
-        return self._store.nbytes
+        return sum(store.nbytes for store in self._stores)
 
     def positions(self, layer: int) -> Tensor:
         """Which tokens a layer keeps.
@@ -168,7 +177,8 @@ class KVCache(Cache):
         CacheError
             The cache has not been used yet.
         """
-        return self._settled().host.positions[layer].clone()
+        store, index = self._place(layer)
+        return store.host.positions[index].clone()
 
     def scores(self, layer: int) -> tuple[Tensor, Tensor]:
         """Attention mass and peak attention of a layer's slots.
@@ -185,7 +195,8 @@ class KVCache(Cache):
         """
         slots = self._layer(layer)
         if slots.mass is None or slots.peak is None:
-            raise CacheError(f"strategy '{self.spec.strategy}' keeps no scores")
+            strategy = self._specs[self._places[layer][0]].strategy
+            raise CacheError(f"strategy '{strategy}' keeps no scores")
         return slots.mass.cpu().clone(), slots.peak.cpu().clone()
 
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -195,11 +206,102 @@ class KVCache(Cache):
 
     def reset(self) -> None:
         """Make the cache as new; buffers are kept and reused when the next prompt has the same batch size."""
-        if self._store is not None:
-            if self._decoder is not None:
-                self._decoder.abandon()
-            self._store.reset()
-        self._columns, self._broken = 0, None
+        if self._decoder is not None:
+            self._decoder.abandon()
+        for store in self._stores:
+            store.reset()
+        self._columns, self._evicted_before, self._broken = 0, 0, None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to a file, so that `load` can go on where it is.
+
+        The file is written beside `path` first and renamed: what was there stays until the new one is whole. With
+        tensor parallelism each process saves its own heads to a path of its own.
+
+        Parameters
+        ----------
+        path : str or PathLike
+            A safetensors file; its folder must exist.
+
+        Raises
+        ------
+        CacheError
+            The cache has not been used yet, or an earlier call failed half-way.
+        """
+        session.write(self._state(), path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: PreTrainedModel, **options: Any) -> Self:
+        """A cache that goes on where the saved one was; its strategy and budget come from the file.
+
+        Parameters
+        ----------
+        path : str or PathLike
+            What `save` has written.
+        model : PreTrainedModel
+            A model of the same architecture, shape and dtype.
+        **options
+            `threads`, `graph`, `compile`, `overlap`, as for a new cache.
+
+        Raises
+        ------
+        CacheError
+            The file is truncated, no session, was changed, or belongs to another model.
+        ConfigError
+            An option that is not among those above.
+        """
+        unknown = sorted(set(options) - {"threads", "graph", "compile", "overlap"})
+        if unknown:
+            raise ConfigError(f"{unknown[0]} comes from the file; threads, graph, compile and overlap are accepted")
+        models.check(model)
+        state = session.read(path, model)
+        return cls._from_state(state, model, models.layer_devices(model), options)
+
+    def copy(self) -> Self:
+        """A cache of its own with the same contents, to go on in another way from here.
+
+        Raises
+        ------
+        CacheError
+            The cache has not been used yet, or an earlier call failed half-way.
+        """
+        options = {
+            "threads": self._threads, "graph": self._graph, "compile": self._compile, "overlap": self._overlap
+        }  # fmt: skip
+        state = self._state()
+        devices = [state.tensors[f"keys.{layer}"].device for layer in range(len(self))]
+        return self._from_state(state, self.model, devices, options)
+
+    def _state(self) -> session.State:
+        if self._broken is not None:
+            raise CacheError(f"an earlier call failed half-way ({self._broken}); its state cannot be kept")
+        stores = self._settled()
+        (strategy,), parameters = self.spec.__getnewargs_ex__()
+        description = {
+            "spec": {"strategy": strategy, **parameters},
+            "model": asdict(session.Fingerprint.of(self.model)),
+            "columns": self._columns,
+            "seen": list(stores[0].ledger.seen),
+            "slots": [store.slots for store in stores],
+            "evictions": self.evictions,
+        }
+        return session.State(description, session.gather(stores, self._places))
+
+    @classmethod
+    def _from_state(
+        cls, state: session.State, model: PreTrainedModel, devices: list[torch.device], options: dict[str, Any]
+    ) -> Self:
+        told = state.description
+        try:
+            cache = cls(model, **told["spec"], **options)
+        except (ConfigError, TypeError) as error:
+            raise CacheError(f"the session's strategy cannot be: {error}") from error
+        if len(told["slots"]) != len(cache._specs):
+            raise CacheError(f"the session has {len(told['slots'])} groups of layers, this model {len(cache._specs)}")
+        cache._allocate(len(told["seen"]), told["model"]["kv_heads"], devices[0], told["slots"])
+        session.scatter(state, cache._stores, cache._places, devices)
+        cache._columns, cache._evicted_before = told["columns"], told["evictions"]
+        return cache
 
     def __repr__(self) -> str:
         params = ", ".join(f"{name}={value!r}" for name, value in self.spec.params.items() if value is not None)
@@ -211,7 +313,7 @@ class KVCache(Cache):
     # What transformers asks
 
     def __len__(self) -> int:
-        return self._layer_count
+        return len(self._windows)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - the same for every layer
         """Columns seen so far, padding included: transformers slices its inputs with it."""
@@ -252,7 +354,8 @@ class KVCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace row `i` by row `beam_idx[i]`, in place (beam search)."""
-        self._settled().reorder(beam_idx)
+        for store in self._settled():
+            store.reorder(beam_idx)
 
     def activate_past_recording(self) -> NoReturn:
         """Refuse assisted decoding, which rolls the cache back: evicted tokens cannot return.
@@ -301,7 +404,7 @@ class KVCache(Cache):
     @property
     def batch_size(self) -> int:
         """Batch rows, or -1 before the first call."""
-        return -1 if self._store is None or not self._columns else self._store.batch
+        return self._stores[0].batch if self._columns else -1
 
     @property
     def is_compileable(self) -> bool:
@@ -321,17 +424,17 @@ class KVCache(Cache):
     @property
     def is_sliding(self) -> list[bool]:
         """False for every layer: windows are honoured through positions."""
-        return [False] * self._layer_count
+        return [False] * len(self._windows)
 
     @property
     def is_linear(self) -> list[bool]:
         """False for every layer."""
-        return [False] * self._layer_count
+        return [False] * len(self._windows)
 
     @property
     def is_dummy(self) -> list[bool]:
         """False for every layer."""
-        return [False] * self._layer_count
+        return [False] * len(self._windows)
 
     # What the wrapper on model.forward asks
 
@@ -372,9 +475,11 @@ class KVCache(Cache):
         return output
 
     def _fast(self, call: Call) -> Decoder | None:
-        """The decoder that runs this call on the GPU: one real token per row, all layers on one device."""
-        store = self._store
-        if store is None or not self._columns or call.columns > 1 or min(call.lengths) < 1 or not self.spec.bounded:
+        """The decoder that runs this call on the GPU: one real token per row, layers alike and on one device."""
+        if not self._columns or call.columns > 1 or min(call.lengths) < 1 or len(self._stores) > 1:
+            return None
+        store = self._stores[0]
+        if not store.spec.bounded:
             return None
         if self._decoder is None:
             devices = {layer.keys.device for layer in store.layers if layer is not None}
@@ -389,9 +494,8 @@ class KVCache(Cache):
             self._decoder.stop()
 
     def _seen(self) -> list[int]:
-        store = self._used()
         pending = 0 if self._decoder is None or not self._decoder.running else self._decoder.pending
-        return [n + pending for n in store.ledger.seen]
+        return [n + pending for n in self._used()[0].ledger.seen]
 
     def _open(self, inputs: dict[str, Any]) -> Call:
         if self._broken is not None:
@@ -408,9 +512,9 @@ class KVCache(Cache):
                 f"the call brings no new column after the {self._columns} that the cache has seen; "
                 "for a new prompt call reset()"
             )
-        if self._columns and self._store is not None and batch != self._store.batch:
+        if self._columns and batch != self.batch_size:
             raise CacheError(
-                f"the call has {batch} rows, the cache holds {self._store.batch}; call reset() for a new prompt"
+                f"the call has {batch} rows, the cache holds {self.batch_size}; call reset() for a new prompt"
             )
         seen = self._seen() if self._columns else [0] * batch
         real = self._real_columns(inputs.get("attention_mask"), batch, columns, seen)
@@ -460,38 +564,50 @@ class KVCache(Cache):
                 f"{int(own[row, column])}; for a new prompt call reset()"
             )
 
-    def _used(self) -> Store:
-        if self._store is None or not self._columns:
+    def _used(self) -> list[Store]:
+        if not self._columns:
             raise CacheError("the cache has not been used yet")
-        return self._store
+        return self._stores
 
-    def _settled(self) -> Store:
-        store = self._used()
+    def _settled(self) -> list[Store]:
+        stores = self._used()
         self._settle()
-        return store
+        return stores
 
-    def _layer(self, index: int) -> Layer:
-        layer = self._settled().layers[index]
-        assert layer is not None
-        return layer
+    def _place(self, layer: int) -> tuple[Store, int]:
+        """The store of a layer, and its index there."""
+        stores = self._settled()
+        number, index = self._places[layer]
+        return stores[number], index
 
-    def _prepare(self, call: Call, key: Tensor) -> Store:
+    def _layer(self, layer: int) -> Layer:
+        store, index = self._place(layer)
+        slots = store.layers[index]
+        assert slots is not None
+        return slots
+
+    def _prepare(self, call: Call, key: Tensor) -> list[Store]:
         """Slots for the running call: allocated by the first one, grown by an unbounded strategy."""
         batch, kv_heads = key.shape[:2]
-        store, budget = self._store, self.spec.budget
-        if store is not None and not self._columns and (store.batch, store.kv_heads) != (batch, kv_heads):
-            store = None
+        if not self._columns and any((store.batch, store.kv_heads) != (batch, kv_heads) for store in self._stores):
+            self._stores = []
         needed = max(call.seen) + call.columns
-        if store is None:
-            slots = max(256, needed) if budget is None else budget
-            self._decoder = None
-            # Where the kernels run, the ledger follows the slots at a distance, on the CPU (Triton's interpreter) too.
-            shared = not kernels_usable(key.device) or budget is None
-            store = Store(self.spec, self._layer_count, batch, kv_heads, slots, key.device, self._threads, shared)
-        elif budget is None and needed > store.slots:
-            store.grow(max(needed, 2 * store.slots))
-        self._store = store
-        return store
+        if not self._stores:
+            self._allocate(batch, kv_heads, key.device, [max(256, needed)] * len(self._specs))
+        for store in self._stores:
+            if store.spec.budget is None and needed > store.slots:
+                store.grow(max(needed, 2 * store.slots))
+        return self._stores
+
+    def _allocate(self, batch: int, kv_heads: int, device: torch.device, slots: list[int]) -> None:
+        """New stores; `slots` says how many an unbounded strategy starts with."""
+        self._decoder = None
+        for number, spec in enumerate(self._specs):
+            layers = sum(place[0] == number for place in self._places)
+            size = slots[number] if spec.budget is None else spec.budget
+            # Where the kernels run, the ledger follows the slots at a distance, also in Triton's interpreter.
+            shared = not kernels_usable(device) or spec.budget is None
+            self._stores.append(Store(spec, layers, batch, kv_heads, size, device, self._threads, shared))
 
 
 def kernels_usable(device: torch.device) -> bool:
@@ -525,6 +641,21 @@ def make_spec(
     return _core.Spec(strategy, _core.budget_from_percent(cache_size, prompt_tokens, sink_size), **parameters)
 
 
+def layer_spec(spec: _core.Spec, window: int) -> _core.Spec:
+    """What a layer keeps: its window alone where that fits into the budget, since it never attends to other tokens.
+
+    Parameters
+    ----------
+    spec : _core.Spec
+        The cache's own.
+    window : int
+        Sliding window of the layer in tokens, 0 for none.
+    """
+    if not window or window < SMALLEST_WINDOW or (spec.budget is not None and window > spec.budget):
+        return spec
+    return _core.Spec("local", window)
+
+
 @dataclass
 class Call:
     """One call of the model, from the wrapper's checks to the choice of the next victims.
@@ -540,7 +671,7 @@ class Call:
     ranks: Tensor | None
     seen: list[int]
     layer: int | None = None
-    store: Store | None = None
+    stores: list[Store] = field(default_factory=list)
     attended: int = 0
     _single: list[int] = field(default_factory=list)
     _undecided: Callable[[], None] | None = None
@@ -573,7 +704,16 @@ class Call:
         index, self.layer = self.layer, None
         self._settle()
         key, value = key.detach(), value.detach()
-        store = self.store or self._begin(key)
+        number, place = self.cache._places[index]
+        if not self.stores:
+            self._begin(key)
+        store = self.stores[number]
+        if store.spec != self.cache.spec and window != self.cache._windows[index]:
+            raise UnsupportedError(
+                f"layer {index} attends to a window of {window} tokens (0: none), the model's configuration says "
+                f"{self.cache._windows[index]}"
+            )
+        index = place
         layer = store.layer(index, key, value)
         self.attended += 1
         self._write_single(store, index, layer, key, value)
@@ -583,20 +723,21 @@ class Call:
 
     def close(self) -> None:
         """Choose the next victims of every layer, row and head."""
-        if self.store is None or self.attended != len(self.cache):
+        if self.attended != len(self.cache):
             raise UnsupportedError(
                 f"{type(self.cache.model).__name__} ran {self.attended} of {len(self.cache)} attention layers through "
                 "the cache; every layer must use transformers' attention interface"
             )
         self._settle()
-        self.store.finish(pull=self.columns == 1)
+        for store in self.stores:
+            store.finish(pull=self.columns == 1)
 
-    def _begin(self, key: Tensor) -> Store:
-        store = self.store = self.cache._prepare(self, key)
-        store.begin(self.lengths)
+    def _begin(self, key: Tensor) -> None:
+        self.stores = self.cache._prepare(self, key)
+        for store in self.stores:
+            store.begin(self.lengths)
         # Rows with one real token overwrite the first slot of their queue before anyone attends (the decode rule).
         self._single = [row for row, length in enumerate(self.lengths) if length == 1]
-        return store
 
     def _write_single(self, store: Store, index: int, layer: Layer, key: Tensor, value: Tensor) -> None:
         if not self._single:

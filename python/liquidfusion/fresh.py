@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from liquidfusion import models
 from liquidfusion.cache import KVCache
+from liquidfusion.exceptions import UnsupportedError
 from liquidfusion.install import CACHE_KEYWORDS, cache_keyword
 
 
@@ -32,7 +33,7 @@ def use(model: PreTrainedModel, strategy: str = "liquid_fusion", **parameters: A
     Raises
     ------
     ConfigError, UnsupportedError
-        As `KVCache` does, on entering the context.
+        As `KVCache` does, on entering the context. Inside it, continuous batching is refused too.
 
     Examples
     --------
@@ -53,10 +54,17 @@ def use(model: PreTrainedModel, strategy: str = "liquid_fusion", **parameters: A
             kwargs[cache_keyword(model)] = KVCache(model, strategy, **chosen)
         return original(*args, **kwargs)
 
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise UnsupportedError(
+            f"continuous batching of {type(model).__name__} brings a paged cache of its own; call generate"
+        )
+
     model.generate = generate  # type: ignore[assignment]
+    model.init_continuous_batching = refuse  # type: ignore[assignment]
     try:
         yield
     finally:
+        del model.__dict__["init_continuous_batching"]
         if had_own:
             model.generate = original  # type: ignore[assignment]
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from liquidfusion.exceptions import UnsupportedError
@@ -14,6 +15,26 @@ _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 def text_config(model: PreTrainedModel) -> Any:
     """Configuration of the decoder that the cache serves."""
     return model.config.get_text_config(decoder=True)
+
+
+def windows(model: PreTrainedModel) -> list[int]:
+    """Sliding window of every attention layer in tokens, 0 for none."""
+    config = text_config(model)
+    window = getattr(config, "sliding_window", None) or 0
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return [window] * int(config.num_hidden_layers)
+    return [window if kind == "sliding_attention" else 0 for kind in types]
+
+
+def layer_devices(model: PreTrainedModel) -> list[torch.device]:
+    """Where each attention layer's weights are, and so its slots; the model's own device where that is unknown."""
+    devices = [model.device] * int(text_config(model).num_hidden_layers)
+    for module in model.modules():
+        index, weight = getattr(module, "layer_idx", None), next(module.parameters(), None)
+        if index is not None and weight is not None and weight.device.type != "meta":
+            devices[index] = weight.device
+    return devices
 
 
 def check(model: PreTrainedModel) -> None:
@@ -29,6 +50,8 @@ def check(model: PreTrainedModel) -> None:
     config, name = text_config(model), type(model).__name__
     if model.config.is_encoder_decoder:
         raise UnsupportedError(f"{name} is an encoder-decoder model; decoder-only language models are accepted")
+    if getattr(config, "add_cross_attention", False):
+        raise UnsupportedError(f"{name} has cross-attention; decoder-only language models are accepted")
     if getattr(config, "kv_lora_rank", None):
         raise UnsupportedError(
             f"{name} uses multi-head latent attention (MLA), whose cache has no per-head keys to evict"
