@@ -888,7 +888,7 @@ class Call:
         if key.device.type != "cuda":
             self._choose(store, index, layer, key, value, scores.cpu())
             return
-        if self._host_scores is None:
+        if self._host_scores is None or self._host_scores.shape != scores.shape:  # layers may differ in slots
             self._host_scores = torch.empty(scores.shape, pin_memory=True)
         host = self._host_scores
         host.copy_(scores, non_blocking=True)
