@@ -13,7 +13,8 @@ import numpy as np
 
 def load(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location("_core", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
