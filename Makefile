@@ -140,6 +140,11 @@ bench-rust: ## Criterion benchmarks of the Rust core
 miri: ## The core's tests under Miri (nightly toolchain with the miri component)
 	cargo +$(MIRI_TOOLCHAIN) miri test $(CARGO_ARGS) -p liquidfusion-core
 
+.PHONY: memcheck
+memcheck: setup ## The bindings under valgrind's memcheck, for toolchains without Miri (needs valgrind)
+	PYTHONMALLOC=malloc OPENBLAS_NUM_THREADS=1 valgrind -q --error-exitcode=1 --suppressions=tests/memcheck.supp \
+		$(BIN)/python tests/memcheck.py "$$($(BIN)/python -c 'import liquidfusion._core as core; print(core.__file__)')"
+
 .PHONY: deny
 deny: ## Licences and advisories of the Rust dependencies (needs cargo-deny)
 	cargo deny check

@@ -484,7 +484,7 @@ mod tests {
 
     #[test]
     fn half_precision_values_are_exact() {
-        for bits in 0..=u16::MAX {
+        for bits in (0..=u16::MAX).step_by(if cfg!(miri) { 97 } else { 1 }) {
             let (f16, bf16) = (half::f16::from_bits(bits), half::bf16::from_bits(bits));
             for (usable, value, exact) in [
                 (f16.order() <= half::f16::FINITE, f16.value(), f16.exact()),

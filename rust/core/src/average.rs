@@ -163,8 +163,8 @@ mod tests {
             let request = Request { sink_update_rate: Some(rate), budget: Some(64), ..Request::default() };
             let spec = Spec::new("liquid_fusion", &request).unwrap();
             let average = Average::of(&spec).unwrap();
-            let seen = 100_000;
-            let positions = [0, 10, 50_000, 99_000, 99_900, 99_990];
+            let seen = 20_000;
+            let positions = [0, 10, 10_000, 19_000, 19_900, 19_990];
             let decay = spec.mass_decay();
             let mass = positions.map(|position| {
                 (0..seen - position - spec.look_gap() as i32).map(|age| 0.25 * decay.powi(age)).sum::<f64>() as f32

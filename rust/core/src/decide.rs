@@ -234,19 +234,17 @@ impl Scratch {
         {
             return Err(bad);
         }
-        let Tally { stored, older: mut sinks, mut recent, worst, .. } = tally;
-        let mut contenders = stored - sinks - recent;
+        let Tally { stored, older: sinks, recent, worst, .. } = tally;
+        let (mut queued, mut len) = (Counts::default(), 0);
         for part in candidates.queued {
+            len += part.len();
             for &slot in part {
-                let position = candidates.stored[slot as usize];
-                let (is_stored, is_recent) = (usize::from(position >= 0), usize::from(position >= contest.end));
-                let contends = usize::from(position >= contest.start) - is_recent;
-                recent -= is_recent;
-                contenders -= contends;
-                sinks -= is_stored - is_recent - contends;
+                queued.outside(candidates.stored[slot as usize], &contest);
                 self.keys[slot as usize] = OUTSIDE;
             }
         }
+        let (sinks, recent) = (sinks - (queued.older - queued.empty) as usize, recent - queued.recent as usize);
+        let contenders = stored - (len - queued.empty as usize) - sinks - recent;
         Ok(Found { sinks, recent, contest: Field { count: contenders, most: worst.min(FINITE) as i32 } })
     }
 

@@ -251,6 +251,12 @@ mod tests {
     }
 
     proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig {
+            cases: if cfg!(miri) { 8 } else { 256 },
+            failure_persistence: None,
+            ..Default::default()
+        })]
+
         #[test]
         fn agrees_with_sorting(
             scores in proptest::collection::vec(
