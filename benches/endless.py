@@ -26,7 +26,8 @@ def model(layers: int) -> LlamaForCausalLM:
     """SmolLM2's architecture (its ratio of heads, rotary base and tied embeddings) at a width that a CPU streams."""
     config = LlamaConfig(
         vocab_size=1024, hidden_size=144, intermediate_size=384, num_hidden_layers=layers, num_attention_heads=9,
-        num_key_value_heads=3, max_position_embeddings=8192, rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+        num_key_value_heads=3, max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
         tie_word_embeddings=True, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -55,8 +56,8 @@ def stream(args: argparse.Namespace) -> dict[str, Any]:
             seconds.append(time.perf_counter() - started)
             memory.append(resident())
             if (call + 1) % max(1, calls // 20) == 0:
-                print(f"{cache.get_seq_length():9d} tokens  {1000 * seconds[-1]:8.2f} ms  {memory[-1] / 2**20:8.1f} MiB",
-                      flush=True)  # fmt: skip
+                took, held = 1000 * seconds[-1], memory[-1] / 2**20
+                print(f"{cache.get_seq_length():9d} tokens  {took:8.2f} ms  {held:8.1f} MiB", flush=True)
     tenth = calls // 10
     # The middle of each tenth: other processes of the machine disturb the mean.
     second, last = statistics.median(seconds[tenth : 2 * tenth]), statistics.median(seconds[-tenth:])
