@@ -17,7 +17,11 @@ from liquidfusion import _core, attention, kernels, models, session
 from liquidfusion.decoder import Decoder
 from liquidfusion.exceptions import CacheError, ConfigError, UnsupportedError
 from liquidfusion.install import install, switched
+from liquidfusion.rotary import Rotary, query_ranks, ranks
 from liquidfusion.store import Layer, Store
+
+POSITIONS = ("absolute", "cache", "auto")
+"""What `positions` may be."""
 
 SMALLEST_WINDOW = 8
 """Sliding windows of fewer tokens are kept by the cache's own strategy."""
@@ -47,9 +51,13 @@ class KVCache(Cache):
     value_weighted, look_gap, averaged
         What liquid_fusion's scores count, likewise: looks times the length of the token's value over its key's, only
         looks from `look_gap` tokens away or more, and mass per query that could look.
+    positions : str
+        What rotary positions are. `absolute`: the token's index in its sequence, as without a KVCache. `cache`: its
+        rank among the kept tokens (StreamingLLM), so that a text may go on far past the positions that the model knows.
+        `auto`: `absolute` until a row is longer than the model's `max_position_embeddings`, `cache` from then on. The
+        latter two take the generic path of plain torch, on a GPU too.
     threads : int, optional
         Cap on the threads of the Rust core; default: the environment's `LIQUIDFUSION_NUM_THREADS`, else all cores.
-
     graph : bool
         On an NVIDIA GPU, replay each decode step as one CUDA graph. A failing capture warns once and decodes without.
     compile : bool
@@ -97,6 +105,7 @@ class KVCache(Cache):
         value_weighted: bool | None = None,
         look_gap: int | None = None,
         averaged: bool | None = None,
+        positions: str = "absolute",
         threads: int | None = None,
         graph: bool = True,
         compile: bool = False,  # noqa: A002 - transformers' and torch's own name for it
@@ -120,6 +129,17 @@ class KVCache(Cache):
             look_gap=look_gap,
             averaged=averaged,
         )
+        if positions not in POSITIONS:
+            raise ConfigError(f"positions={positions!r}; {list(POSITIONS)} are accepted")
+        known = int(getattr(models.text_config(model), "max_position_embeddings", 0))
+        if positions != "absolute" and self.spec.budget is not None and self.spec.budget > known:
+            raise ConfigError(
+                f"positions={positions!r} with budget={self.spec.budget}: ranks go up to the budget, "
+                f"and the model knows {known} positions"
+            )
+        self._positions = positions
+        self._rotary = None if positions == "absolute" else Rotary(model)
+        self._longest = 0 if positions == "cache" else known
         super().__init__(layers=[])
         self._model = weakref.ref(model)
         self._threads = threads
@@ -278,7 +298,7 @@ class KVCache(Cache):
         stores = self._settled()
         (strategy,), parameters = self.spec.__getnewargs_ex__()
         description = {
-            "spec": {"strategy": strategy, **parameters},
+            "spec": {"strategy": strategy, "positions": self._positions, **parameters},
             "model": asdict(session.Fingerprint.of(self.model)),
             "columns": self._columns,
             "seen": list(stores[0].ledger.seen),
@@ -294,7 +314,7 @@ class KVCache(Cache):
         told = state.description
         try:
             cache = cls(model, **told["spec"], **options)
-        except (ConfigError, TypeError) as error:
+        except (ConfigError, UnsupportedError, TypeError) as error:
             raise CacheError(f"the session's strategy cannot be: {error}") from error
         if len(told["slots"]) != len(cache._specs):
             raise CacheError(f"the session has {len(told['slots'])} groups of layers, this model {len(cache._specs)}")
@@ -464,6 +484,8 @@ class KVCache(Cache):
                     output = decoder.step(forward, inputs, self._columns)
                 else:
                     self._settle()
+                    if self._rotary is not None:
+                        inputs = inputs | {"position_ids": call.no_positions(inputs)}
                     output = forward(**inputs)
                     call.close()
         except BaseException as error:
@@ -476,7 +498,7 @@ class KVCache(Cache):
 
     def _fast(self, call: Call) -> Decoder | None:
         """The decoder that runs this call on the GPU: one real token per row, layers alike and on one device."""
-        if not self._columns or call.columns > 1 or min(call.lengths) < 1 or len(self._stores) > 1:
+        if not self._columns or call.columns > 1 or min(call.lengths) < 1 or len(self._stores) > 1 or self._rotary:
             return None
         store = self._stores[0]
         if not store.spec.bounded:
@@ -678,6 +700,12 @@ class Call:
     _host_scores: Tensor | None = None
     _by_device: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
+    def no_positions(self, inputs: dict[str, Any]) -> Tensor:
+        """Position 0 for every column: the model leaves its queries and keys un-rotated."""
+        tokens = inputs.get("input_ids")
+        tokens = inputs["inputs_embeds"] if tokens is None else tokens
+        return torch.zeros((self.batch, self.columns), dtype=torch.int64, device=tokens.device)
+
     def take(self, layer: int) -> None:
         """Note which layer attends next."""
         self.layer = layer
@@ -701,25 +729,24 @@ class Call:
         """
         if self.layer is None:
             raise CacheError("attention ran for a layer that did not hand its keys and values to the cache")
-        index, self.layer = self.layer, None
+        number, self.layer = self.layer, None
         self._settle()
         key, value = key.detach(), value.detach()
-        number, place = self.cache._places[index]
         if not self.stores:
             self._begin(key)
-        store = self.stores[number]
-        if store.spec != self.cache.spec and window != self.cache._windows[index]:
+        which, index = self.cache._places[number]
+        store = self.stores[which]
+        if store.spec != self.cache.spec and window != self.cache._windows[number]:
             raise UnsupportedError(
-                f"layer {index} attends to a window of {window} tokens (0: none), the model's configuration says "
-                f"{self.cache._windows[index]}"
+                f"layer {number} attends to a window of {window} tokens (0: none), the model's configuration says "
+                f"{self.cache._windows[number]}"
             )
-        index = place
         layer = store.layer(index, key, value)
         self.attended += 1
         self._write_single(store, index, layer, key, value)
         if self.columns == 1:
-            return self._decode(layer, query, scale, window, softcap)
-        return self._chunk(store, index, layer, query, key, value, scale, window, softcap)
+            return self._decode(number, layer, query, scale, window, softcap)
+        return self._chunk(store, index, number, layer, query, key, value, scale, window, softcap)
 
     def close(self) -> None:
         """Choose the next victims of every layer, row and head."""
@@ -754,7 +781,27 @@ class Call:
             chosen = new[rows.to(new.device), :, columns.to(new.device)][:, :, None]
             buffer[rows.to(new.device)] = buffer[rows.to(new.device)].scatter(2, target, chosen)
 
-    def _decode(self, layer: Layer, query: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+    def _rotated(
+        self, layer: int, query: Tensor, query_positions: Tensor, keys: Tensor, key_positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys rotated to where they stand in the cache, or in the sequence while it is short enough.
+
+        `query`: `[batch, heads, queries, head_dim]` at `[batch, queries]`; `keys`: `[batch, kv_heads, columns,
+        head_dim]` at `[batch, kv_heads, columns]`.
+        """
+        rotary = self.cache._rotary
+        if rotary is None:
+            return query, keys
+        length = torch.tensor([n + new for n, new in zip(self.seen, self.lengths, strict=True)], device=query.device)
+        short = (length <= self.cache._longest)[:, None, None]
+        at_query = torch.where(
+            short, query_positions[:, None].clamp(min=0), query_ranks(query_positions, key_positions)
+        )
+        at_key = torch.where(short, key_positions.clamp(min=0), ranks(key_positions))
+        grouped = query.view(query.shape[0], keys.shape[1], -1, *query.shape[2:])
+        return rotary(grouped, at_query[:, :, None], layer).flatten(1, 2), rotary(keys, at_key, layer)
+
+    def _decode(self, number: int, layer: Layer, query: Tensor, scale: float, window: int, softcap: float) -> Tensor:
         newest = torch.tensor([[n if length else -1] for n, length in zip(self.seen, self.lengths, strict=True)])
         dense = len(self._single) == self.batch and min(self.seen) + 1 >= layer.keys.shape[2] and not window
         ages, newest = newest.clamp(max=0).int(), newest.to(query.device)
@@ -762,12 +809,14 @@ class Call:
         observe = None
         if layer.mass is not None and layer.peak is not None:
             observe = self._observer(ages, newest, layer.positions, layer.keys, layer.values, layer.mass, layer.peak)
-        return attention.attend(query, layer.keys, layer.values, mask, scale, softcap, observe)
+        query, keys = self._rotated(number, query, newest, layer.keys, layer.positions)
+        return attention.attend(query, keys, layer.values, mask, scale, softcap, observe)
 
     def _chunk(
         self,
         store: Store,
         index: int,
+        number: int,
         layer: Layer,
         query: Tensor,
         key: Tensor,
@@ -776,7 +825,8 @@ class Call:
         window: int,
         softcap: float,
     ) -> Tensor:
-        if not self._single and store.spec.bounded and kernels_usable(key.device):
+        plain = not self._single and self.cache._rotary is None
+        if plain and store.spec.bounded and kernels_usable(key.device):
             # Triton launches on the current device, wherever the tensors are.
             with torch.cuda.device_of(key):  # type: ignore[no-untyped-call]
                 return self._fused_chunk(store, index, layer, query, key, value, scale, window, softcap)
@@ -793,6 +843,7 @@ class Call:
         if stored:
             all_keys, all_values = torch.cat((layer.keys, key), 2), torch.cat((layer.values, value), 2)
             all_positions = torch.cat((layer.positions, new_positions), 2)
+        query, all_keys = self._rotated(number, query, query_positions, all_keys, all_positions)
         mass = peak = None
         if layer.mass is not None and layer.peak is not None:
             mass, peak = layer.mass.new_zeros((2, *key.shape[:2], self.columns)).unbind()

@@ -1,0 +1,135 @@
+"""Rotary positions that the cache gives out: queries and keys come un-rotated and are rotated where they attend.
+
+A model that is told position 0 for every token multiplies by cos 0 = 1 and sin 0 = 0: its queries and keys stay as they
+are (but for YaRN's factor on both, which belongs to them). Stored like that, a key can be rotated to any position
+afterwards, by one rotation in float32 from what was never rounded by another. Source: StreamingLLM,
+https://arxiv.org/abs/2309.17453.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from liquidfusion import models
+from liquidfusion.exceptions import UnsupportedError
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary frequencies that do not depend on how long the text is."""
+
+
+class Rotary:
+    """The rotations of a model's layers.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A model with rotary positions.
+
+    Raises
+    ------
+    UnsupportedError
+        The model has other positions, frequencies that depend on the length, or another order of the rotated halves.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        name = type(model).__name__
+        module = next((m for path, m in model.named_modules() if path.endswith("rotary_emb")), None)
+        if module is None:
+            raise UnsupportedError(f"positions relative to the cache need rotary positions; {name} has none")
+        kinds = getattr(models.text_config(model), "layer_types", None)
+        by_kind = isinstance(module.rope_type, dict)
+        rope_types = module.rope_type.values() if isinstance(module.rope_type, dict) else [module.rope_type]
+        other = sorted(set(map(str, rope_types)) - set(ROPE_TYPES))
+        if other:
+            raise UnsupportedError(f"{name} has rotary positions of type {other[0]!r}; {list(ROPE_TYPES)} are accepted")
+        layers = int(models.text_config(model).num_hidden_layers)
+        names = [f"{kinds[i]}_inv_freq" if by_kind and kinds else "inv_freq" for i in range(layers)]
+        self._frequencies: list[Tensor] = [getattr(module, name).float() for name in names]
+        self._check(model, module, kinds[0] if by_kind and kinds else None)
+
+    def __call__(self, states: Tensor, positions: Tensor, layer: int) -> Tensor:
+        """Rotate to positions.
+
+        Parameters
+        ----------
+        states : Tensor
+            `[..., head_dim]`, un-rotated.
+        positions : Tensor
+            Integers that broadcast to `states` without its last dimension.
+        layer : int
+            Whose frequencies.
+
+        Returns
+        -------
+        Tensor
+            Like `states`; computed in float32.
+        """
+        frequencies = self._frequencies[layer]
+        if frequencies.device != states.device:
+            frequencies = self._frequencies[layer] = frequencies.to(states.device)
+        angles = positions[..., None].float() * frequencies
+        cos, sin, half = angles.cos(), angles.sin(), frequencies.shape[0]
+        first, second = states[..., :half].float(), states[..., half : 2 * half].float()
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(states.dtype)
+        return rotated if 2 * half == states.shape[-1] else torch.cat((rotated, states[..., 2 * half :]), -1)
+
+    def _check(self, model: PreTrainedModel, module: torch.nn.Module, kind: str | None) -> None:
+        """Compare one rotation with what the model's own code makes of it."""
+        name = type(model).__name__
+        apply: Any = getattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", None)
+        if apply is None:
+            raise UnsupportedError(f"{name} rotates by code of its own, so positions relative to the cache cannot be")
+        frequencies = self._frequencies[0]
+        width = 2 * frequencies.shape[0]
+        probe = torch.linspace(-1, 1, 3 * width, device=frequencies.device).view(1, 1, 3, width)
+        positions = torch.tensor([[0, 1, 7]], device=frequencies.device)
+        try:
+            cos, sin = module(probe[:, 0], positions, *([kind] if kind else []))
+            scale = float(cos[0, 0, 0])  # YaRN's factor, which the stored keys carry already
+            theirs = apply(probe, probe, cos, sin)[0]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UnsupportedError(f"{name} rotates in a way that cannot be followed: {error}") from error
+        if not torch.allclose(scale * self(probe, positions[:, None], 0), theirs, atol=1e-4):
+            raise UnsupportedError(f"{name} orders the rotated halves otherwise than Llama does, which is accepted")
+
+
+def ranks(positions: Tensor) -> Tensor:
+    """Place of each token among those that are there.
+
+    Parameters
+    ----------
+    positions : Tensor
+        `[..., columns]`, -1 for none.
+
+    Returns
+    -------
+    Tensor
+        Like `positions`: 0 for the lowest, and for none.
+    """
+    return (positions.argsort(-1).argsort(-1) - (positions < 0).sum(-1, keepdim=True)).clamp(min=0)
+
+
+def query_ranks(queries: Tensor, positions: Tensor) -> Tensor:
+    """Place that a query's own token has among those that are there.
+
+    Parameters
+    ----------
+    queries : Tensor
+        Positions `[batch, queries]`, -1 for padding.
+    positions : Tensor
+        `[batch, kv_heads, columns]`, -1 for none.
+
+    Returns
+    -------
+    Tensor
+        `[batch, kv_heads, queries]`.
+    """
+    sorted_positions = positions.long().sort(-1).values
+    wanted = queries.long()[:, None].expand(-1, positions.shape[1], -1).contiguous()
+    upto = torch.searchsorted(sorted_positions, wanted, right=True)
+    return (upto - (positions < 0).sum(-1, keepdim=True) - 1).clamp(min=0)
