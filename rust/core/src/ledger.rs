@@ -310,11 +310,13 @@ impl Ledger {
         let lane_of = |i: usize| layer * batch * heads + i;
         let chunk_lanes = plan.chunks_exact_mut(per_lane).enumerate().filter(|(i, _)| call.lengths[i / heads] > 1);
         let stored_positions = &*slots.positions;
-        let scored = self.spec.strategy().scored();
+        let with_scores = self.spec.strategy().scored();
         let mut new_positions = columns.data().to_vec();
         for (b, row) in new_positions.chunks_exact_mut(n.max(1)).enumerate() {
             let before = (self.seen[b] - call.lengths[b]) as i32;
-            row.iter_mut().for_each(|rank| *rank = if *rank < 0 { -1 } else { before + *rank });
+            for rank in row {
+                *rank = if *rank < 0 { -1 } else { before + *rank };
+            }
         }
         let threads = if (per_lane + n) * batch * heads < WORTH_THREADS { 1 } else { self.threads };
         threads::for_each(threads, chunk_lanes, |(i, plan)| {
@@ -328,7 +330,7 @@ impl Ledger {
                     queued: [&[], &[]],
                     columns: &new_positions[b * n..][..n],
                     seen: self.seen[b] as i32,
-                    scores: scores.filter(|_| scored).map(|scores| Scores {
+                    scores: scores.filter(|_| with_scores).map(|scores| Scores {
                         mass: &scores.mass.data()[wide.clone()],
                         peak: &scores.peak.data()[wide],
                     }),
@@ -425,7 +427,9 @@ impl Ledger {
                 let at = worth::Lane { layer: lane / heads / batch, head: lane % heads };
                 let rule = Rule { split, sinks, average, worth, lane: at };
                 let place = || format!("layer {}, row {b}, head {}", at.layer, at.head);
-                if let Err(error) = choose(positions, scores, seen[b], rule, due[b], ring, rings[b], place) {
+                let candidates =
+                    Candidates { stored: positions, queued: [&[]; 2], columns: &[], seen: seen[b] as i32, scores };
+                if let Err(error) = choose(candidates, rule, due[b], ring, rings[b], place) {
                     note(&failure, lane, error);
                 }
             });
@@ -699,21 +703,19 @@ impl Lane<'_> {
 
 /// Append a lane's next victims to its ring, oldest first.
 fn choose(
-    positions: &[i32],
-    scores: Option<Scores<'_>>,
-    seen: usize,
+    candidates: Candidates<'_>,
     rule: Rule<'_>,
     victims: usize,
     ring: &mut [i32],
     (start, len): (usize, usize),
     place: impl Fn() -> String,
 ) -> Result<()> {
-    let slots = ring.len();
+    let (slots, stored) = (ring.len(), candidates.stored);
     SCRATCH.with_borrow_mut(|scratch| {
         let (from_start, wrapped) = (len.min(slots - start), (start + len).saturating_sub(slots));
         let queued = [&ring[start..start + from_start], &ring[..wrapped]];
-        let candidates = Candidates { stored: positions, queued, columns: &[], seen: seen as i32, scores };
-        scratch.decide(candidates, rule).map_err(|bad| score_error(bad, scores, &place))?;
+        let candidates = Candidates { queued, ..candidates };
+        scratch.decide(candidates, rule).map_err(|bad| score_error(bad, candidates.scores, &place))?;
         if scratch.victims.len() != victims {
             fail!(
                 Cache,
@@ -722,7 +724,7 @@ fn choose(
                 scratch.victims.len()
             );
         }
-        for (i, slot) in scratch.oldest_first(positions).enumerate() {
+        for (i, slot) in scratch.oldest_first(stored).enumerate() {
             ring[wrap(start + len + i, slots)] = slot;
         }
         Ok(())

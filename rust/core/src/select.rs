@@ -5,6 +5,7 @@
 //! and half a dozen counts do. Ties are settled by position, the newer staying.
 
 use std::cell::RefCell;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::error::{Result, fail};
 use crate::simd::{self, Lanes, Work};
@@ -13,12 +14,6 @@ use crate::view::{View, ViewMut};
 
 /// Bits of the largest finite float; every acceptable score has bits up to this, or those of -0.0.
 pub(crate) const FINITE: u32 = 0x7f7f_ffff;
-
-/// Bits of a valid score, ordered like the score (-0.0 equals 0.0).
-#[inline(always)]
-pub(crate) fn bits(score: f32) -> i32 {
-    (score.to_bits() & i32::MAX as u32) as i32
-}
 
 /// Scores below which helpers cost more than they bring.
 const WORTH_THREADS: usize = 1 << 17;
@@ -152,61 +147,54 @@ pub(crate) fn cut(
     Cut { key: low, position }
 }
 
-/// Reusable memory of one thread.
-#[derive(Default)]
-struct Scratch {
-    keys: Vec<i32>,
-    ties: Vec<i32>,
-    hint: Hint,
-}
-
 thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
+    /// Where this thread's last search ended, and memory for ties.
+    static LAST: RefCell<(Hint, Vec<i32>)> = RefCell::default();
 }
 
-struct Row<'a> {
-    scores: &'a [f32],
-    /// Whether a score may be -0.0.
-    signed_zeros: bool,
+/// Where to cut a row of scores, and the largest of their bits; without meaning if those are beyond `FINITE`.
+struct Search<'a> {
+    row: &'a [i32],
+    k: usize,
+    last: &'a mut (Hint, Vec<i32>),
+}
+
+impl Work for Search<'_> {
+    type Output = (Cut, u32);
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, _: L) -> (Cut, u32) {
+        let worst = self.row.iter().fold(0, |worst, &key| worst.max(key as u32));
+        if worst > FINITE {
+            return (Cut::NOTHING, worst);
+        }
+        let field = Field { count: self.row.len(), most: FINITE as i32 };
+        let (hint, ties) = self.last;
+        (cut(self.row, self.k, field, hint, |i| i as i32, ties), worst)
+    }
+}
+
+/// Write down what a cut takes.
+struct Take<'a> {
+    row: &'a [i32],
+    cut: Cut,
     out: &'a mut [i32],
-    scratch: &'a mut Scratch,
 }
 
-impl Work for Row<'_> {
+impl Work for Take<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
-        let k = self.out.len();
-        let Scratch { keys, ties, hint } = self.scratch;
-        let mut row: &[i32] = bytemuck::cast_slice(self.scores);
-        if self.signed_zeros {
-            keys.clear();
-            keys.extend(self.scores.iter().map(|&s| bits(s)));
-            row = keys;
-        }
-        let field = Field { count: row.len(), most: FINITE as i32 };
-        let cut = cut(row, k, field, hint, |i| i as i32, ties);
+        let Self { row, cut, out } = self;
         if cut.position == 0 {
-            lanes.indices::<true>(row, cut.key - 1, self.out);
+            lanes.indices::<true>(row, cut.key - 1, out);
         } else {
             let taken = row.iter().enumerate().filter(|&(i, &key)| cut.takes(key, i as i32));
-            for (slot, (i, _)) in self.out.iter_mut().zip(taken) {
+            for (slot, (i, _)) in out.iter_mut().zip(taken) {
                 *slot = i as i32;
             }
         }
-    }
-}
-
-/// The largest bits of scores.
-struct MostBits<'a>(&'a [f32]);
-
-impl Work for MostBits<'_> {
-    type Output = u32;
-
-    #[inline(always)]
-    fn run<L: Lanes>(self, _: L) -> u32 {
-        self.0.iter().fold(0, |most, score| most.max(score.to_bits()))
     }
 }
 
@@ -218,14 +206,28 @@ pub fn select(scores: View<'_, f32, 2>, k: usize, mut out: ViewMut<'_, i32, 2>, 
     }
     out.expect("out", [rows, k])?;
     let data = scores.data();
-    let signed_zeros = simd::dispatch(MostBits(data)) > FINITE;
-    if signed_zeros && let Some(i) = data.iter().position(|&s| !valid(s)) {
-        fail!(Score, "scores[{}, {}] is {}; scores must be finite and not negative", i / n, i % n, data[i]);
-    }
     let threads = if data.len() < WORTH_THREADS { 1 } else { threads };
-    threads::for_each(threads, data.chunks_exact(n).zip(out.data().chunks_exact_mut(k)), |(scores, out)| {
-        SCRATCH.with_borrow_mut(|scratch| simd::dispatch(Row { scores, signed_zeros, out, scratch }));
+    // Every row is checked and searched before any is written.
+    let mut cuts = vec![Cut::NOTHING; rows];
+    let worst = AtomicU32::new(0);
+    let keys: &[i32] = bytemuck::cast_slice(data);
+    threads::for_each(threads, keys.chunks_exact(n).zip(&mut cuts), |(row, cut)| {
+        let (found, met) = LAST.with_borrow_mut(|last| simd::dispatch(Search { row, k, last }));
+        *cut = found;
+        if met > FINITE {
+            worst.fetch_max(met, Ordering::Relaxed);
+        }
     });
+    if worst.into_inner() > FINITE {
+        if let Some(i) = data.iter().position(|&s| !valid(s)) {
+            fail!(Score, "scores[{}, {}] is {}; scores must be finite and not negative", i / n, i % n, data[i]);
+        }
+        // Some are -0.0, which equals 0.0.
+        let unsigned: Vec<f32> = data.iter().map(|score| score.abs()).collect();
+        return select(View::new("scores", &unsigned, [rows, n])?, k, out, threads);
+    }
+    let rows = keys.chunks_exact(n).zip(cuts).zip(out.data().chunks_exact_mut(k));
+    threads::for_each(threads, rows, |((row, cut), out)| simd::dispatch(Take { row, cut, out }));
     Ok(())
 }
 

@@ -142,16 +142,16 @@ impl<S: Simd> Lanes for Portable<S> {
 #[derive(Clone, Copy)]
 struct Avx2(pulp::x86::V3);
 
-/// For every mask of eight lanes the lanes that are set, first ones first.
+/// For every mask of eight lanes the lanes that are set, a byte each, first ones lowest.
 #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
-static SET_LANES: [[u8; 16]; 256] = {
-    let mut table = [[0; 16]; 256];
+static SET_LANES: [i64; 256] = {
+    let mut table = [0; 256];
     let mut mask = 0;
     while mask < 256 {
         let (mut lane, mut next) = (0, 0);
         while lane < 8 {
             if mask >> lane & 1 == 1 {
-                table[mask][next] = lane;
+                table[mask] |= lane << (8 * next);
                 next += 1;
             }
             lane += 1;
@@ -190,7 +190,7 @@ impl Lanes for Avx2 {
                 let (more, less) = if ABOVE { (half, bounds) } else { (bounds, half) };
                 let matches = avx2._mm256_cmpgt_epi32(more, less);
                 let mask = avx._mm256_movemask_ps(avx._mm256_castsi256_ps(matches)) as usize & 255;
-                let indices = avx2._mm256_add_epi32(avx2._mm256_cvtepu8_epi32(pulp::cast(SET_LANES[mask])), first);
+                let indices = avx2._mm256_add_epi32(avx2._mm256_cvtepu8_epi32(pulp::cast([SET_LANES[mask], 0])), first);
                 to[written..written + 8].copy_from_slice(&pulp::cast::<_, [i32; 8]>(indices));
                 written += mask.count_ones() as usize;
                 first = avx2._mm256_add_epi32(first, eight);
@@ -206,7 +206,9 @@ impl Lanes for Avx2 {
         let (avx, avx2) = (simd.avx, simd.avx2);
         let (bounds, eight) = (avx._mm256_set1_epi32(bound), avx._mm256_set1_epi32(8));
         let mut first = avx._mm256_setzero_si256();
-        let [indices, a, b] = out;
+        let len = keys.len();
+        let [indices, a, b] = out.map(|out| &mut out[..len]);
+        let room = len.saturating_sub(8);
         let (eights, _) = keys.as_chunks::<8>();
         let [values_a, values_b] = values;
         let values = values_a.as_chunks::<8>().0.iter().zip(values_b.as_chunks::<8>().0);
@@ -214,15 +216,14 @@ impl Lanes for Avx2 {
         for (eight_keys, (value_a, value_b)) in eights.iter().zip(values) {
             let matches = avx2._mm256_cmpgt_epi32(bounds, pulp::cast(*eight_keys));
             let mask = avx._mm256_movemask_ps(avx._mm256_castsi256_ps(matches)) as usize & 255;
-            let lanes = avx2._mm256_cvtepu8_epi32(pulp::cast(SET_LANES[mask]));
-            // Eight are written, whatever matches: as many as were read lie behind what was written before.
-            let packed = [
-                (&mut *indices, avx2._mm256_add_epi32(lanes, first)),
-                (&mut *a, avx2._mm256_permutevar8x32_epi32(pulp::cast(*value_a), lanes)),
-                (&mut *b, avx2._mm256_permutevar8x32_epi32(pulp::cast(*value_b), lanes)),
-            ];
-            for (out, packed) in packed {
-                out[count..count + 8].copy_from_slice(&pulp::cast::<_, [i32; 8]>(packed));
+            let lanes = avx2._mm256_cvtepu8_epi32(pulp::cast([SET_LANES[mask], 0]));
+            // Eight are written, whatever matches; there is room, as eight were read for every eight at most that were written. Saying
+            // so here spares three checks.
+            let at = count.min(room);
+            indices[at..at + 8].copy_from_slice(&pulp::cast::<_, [i32; 8]>(avx2._mm256_add_epi32(lanes, first)));
+            for (out, value) in [(&mut *a, value_a), (&mut *b, value_b)] {
+                let packed = avx2._mm256_permutevar8x32_epi32(pulp::cast(*value), lanes);
+                out[at..at + 8].copy_from_slice(&pulp::cast::<_, [i32; 8]>(packed));
             }
             count += mask.count_ones() as usize;
             first = avx2._mm256_add_epi32(first, eight);

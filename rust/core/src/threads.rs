@@ -1,7 +1,8 @@
 //! How work is spread over threads.
 //!
-//! Items are pulled one by one from a shared iterator, so a helper that wakes late takes less and never stalls the others'
-//! share; the calling thread always works itself. Every item is independent, so results do not depend on the thread count.
+//! Items are pulled one by one from a shared iterator, so a helper that wakes late takes less; the calling thread always works itself.
+//! The thread that called first belongs to the pool and takes back what no helper has begun: where the cores are busy with other work it
+//! waits for nobody. Every item is independent, so results do not depend on the thread count.
 
 use std::sync::{Mutex, OnceLock, PoisonError};
 
@@ -47,8 +48,10 @@ fn helpers() -> Option<&'static rayon::ThreadPool> {
         if cores() < 2 {
             return None;
         }
-        let builder = rayon::ThreadPoolBuilder::new().num_threads(cores() - 1);
-        let pool = builder.thread_name(|i| format!("liquidfusion-{i}")).build().ok()?;
+        let builder =
+            || rayon::ThreadPoolBuilder::new().num_threads(cores()).thread_name(|i| format!("liquidfusion-{i}"));
+        // A thread of somebody else's pool cannot be one of ours.
+        let pool = builder().use_current_thread().build().or_else(|_| builder().build()).ok()?;
         Some(Pool { pool, process: std::process::id() })
     });
     pool.as_ref().filter(|p| p.process == std::process::id()).map(|p| &p.pool)
@@ -72,12 +75,25 @@ where
             work(item);
         }
     };
+    let threads = threads.min(pool.current_num_threads());
+    if pool.current_thread_index().is_some() {
+        return pool.install(|| spread(threads, &drain));
+    }
     pool.in_place_scope(|scope| {
-        for _ in 1..threads.min(pool.current_num_threads() + 1) {
+        for _ in 1..threads {
             scope.spawn(|_| drain());
         }
         drain();
     });
+}
+
+/// Run `work` here, and on as many threads in all as come to take it; on this one again for those that did not.
+fn spread(threads: usize, work: &(impl Fn() + Sync)) {
+    if threads < 2 {
+        return work();
+    }
+    let half = threads / 2;
+    rayon::join(|| spread(threads - half, work), || spread(half, work));
 }
 
 #[cfg(test)]
@@ -91,6 +107,15 @@ mod tests {
             for_each(threads, data.iter_mut().enumerate(), |(i, x)| *x += i);
             assert!(data.iter().enumerate().all(|(i, &x)| i == x));
         }
+    }
+
+    #[test]
+    fn every_item_once_from_several_threads() {
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(every_item_once);
+            }
+        });
     }
 
     #[test]

@@ -79,6 +79,19 @@ impl<'a, T, const D: usize> ViewMut<'a, T, D> {
     }
 }
 
+/// Whether elements lie without gaps, last dimension fastest. The stride of a dimension of size 1 means nothing, and torch
+/// leaves any value there; a tensor without elements has no gaps.
+#[must_use]
+pub fn contiguous(shape: &[usize], strides: &[i64]) -> bool {
+    let mut step = 1;
+    shape.contains(&0)
+        || shape.iter().zip(strides).rev().all(|(&size, &stride)| {
+            let fits = size == 1 || usize::try_from(stride) == Ok(step);
+            step *= size;
+            fits
+        })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -91,5 +104,24 @@ mod tests {
         assert_eq!(text, "x must have the shape [3, 2], got [2, 3]");
         assert!(View::new("x", &[1, 2, 3], [2, 2]).is_err());
         assert!(ViewMut::new("x", &mut [1, 2, 3], [usize::MAX, 2]).is_err());
+    }
+
+    #[test]
+    fn strides_of_single_elements_mean_nothing() {
+        assert!(contiguous(&[2, 3, 4], &[12, 4, 1]));
+        for stride in [-7, 0, 1, 5, i64::MAX] {
+            assert!(contiguous(&[1, 3, 4], &[stride, 4, 1]));
+            assert!(contiguous(&[2, 1, 4], &[4, stride, 1]));
+            assert!(contiguous(&[2, 3, 1], &[3, 1, stride]));
+            assert!(contiguous(&[1, 1], &[stride, stride]));
+            assert!(contiguous(&[2, 0, 4], &[stride, stride, stride]));
+        }
+    }
+
+    #[test]
+    fn gaps_and_other_orders_are_seen() {
+        for strides in [[24, 4, 1], [12, 8, 1], [12, 4, 2], [12, 1, 3], [4, 8, 1], [12, 4, 0], [-12, 4, 1]] {
+            assert!(!contiguous(&[2, 3, 4], &strides), "{strides:?}");
+        }
     }
 }

@@ -7,6 +7,7 @@ use std::ptr::NonNull;
 use dlpark::ffi::{DLDataType, DLDataTypeCode, DLDevice, DLDeviceType};
 use dlpark::python::{ImportedDlpack, from_dlpack};
 use dlpark::{DlpackElement, DlpackFlags};
+use liquidfusion_core::view::contiguous;
 use pyo3::prelude::*;
 
 use crate::error::tensor_error;
@@ -60,18 +61,6 @@ fn device_name(device: DLDevice) -> String {
         DLDeviceType::ROCM => format!("rocm:{}", device.device_id),
         DLDeviceType(other) => format!("DLPack device type {other}"),
     }
-}
-
-/// Whether elements lie without gaps, last dimension fastest. The stride of a dimension of size 1 means nothing, and torch
-/// leaves any value there; a tensor without elements has no gaps.
-fn contiguous(shape: &[usize], strides: &[i64]) -> bool {
-    let mut step = 1;
-    shape.contains(&0)
-        || shape.iter().zip(strides).rev().all(|(&size, &stride)| {
-            let fits = size == 1 || usize::try_from(stride) == Ok(step);
-            step *= size;
-            fits
-        })
 }
 
 impl AnyTensor {

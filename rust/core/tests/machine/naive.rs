@@ -182,13 +182,9 @@ impl Head {
             return token.mass;
         }
         let queries = self.seen.saturating_sub(token.position + self.spec.look_gap()).max(1);
+        // What each of the queries that could look weighs, one by one, the oldest the least.
         let decay = self.spec.mass_decay();
-        if decay < 1.0 {
-            // The geometric series summed; adding its terms up would round differently.
-            let weights = (1.0 - decay.powf(queries as f64)) / (1.0 - decay);
-            token.mass * (1.0 / weights) as f32
-        } else {
-            token.mass / queries as f32
-        }
+        let weights: f64 = (0..queries).rev().map(|age| decay.powi(age as i32)).sum();
+        if decay < 1.0 { token.mass * (1.0 / weights) as f32 } else { token.mass / weights as f32 }
     }
 }
