@@ -320,8 +320,7 @@ impl Ledger {
         }
         let threads = if (per_lane + n) * batch * heads < WORTH_THREADS { 1 } else { self.threads };
         threads::for_each(threads, chunk_lanes, |(i, plan)| {
-            let b = i / heads;
-            let len = call.lengths[b];
+            let (b, len) = (i / heads, call.lengths[i / heads]);
             let wide = i * (per_lane + n)..(i + 1) * (per_lane + n);
             let lane = Lane {
                 at: worth::Lane { layer, head: i % heads },

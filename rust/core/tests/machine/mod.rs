@@ -83,7 +83,7 @@ impl Machine {
 
     fn fresh(spec: &Spec, shape: Shape) -> Vec<Head> {
         let Shape { layers, batch, heads, slots } = shape;
-        (0..layers * batch * heads).map(|lane| Head::new(spec, slots, lane / heads / batch, lane % heads)).collect()
+        (0..layers * batch * heads).map(|lane| Head::new(spec, slots, (lane / heads / batch, lane % heads))).collect()
     }
 
     fn slots(&mut self) -> (&mut Ledger, Slots<'_>) {

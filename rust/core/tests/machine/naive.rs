@@ -15,8 +15,8 @@ struct Token {
 #[derive(Debug, Clone)]
 pub(crate) struct Head {
     spec: Spec,
-    layer: usize,
-    head: usize,
+    /// Layer and kv head.
+    place: (usize, usize),
     seen: usize,
     slots: Vec<Option<Token>>,
     queue: Vec<usize>,
@@ -33,8 +33,8 @@ fn round_half_up(x: f64) -> usize {
 }
 
 impl Head {
-    pub(crate) fn new(spec: &Spec, slots: usize, layer: usize, head: usize) -> Self {
-        Self { spec: spec.clone(), layer, head, seen: 0, slots: vec![None; slots], queue: (0..slots).collect() }
+    pub(crate) fn new(spec: &Spec, slots: usize, place: (usize, usize)) -> Self {
+        Self { spec: spec.clone(), place, seen: 0, slots: vec![None; slots], queue: (0..slots).collect() }
     }
 
     pub(crate) fn seen(&self) -> usize {
@@ -167,7 +167,7 @@ impl Head {
                 .fold(0.0, f32::max),
             Worth::Random => {
                 // splitmix64, stepped to where the token's number is: one step for each number before it, all at once.
-                let steps = ((self.layer as u64) << 48) + ((self.head as u64) << 32) + token.position as u64 + 1;
+                let steps = ((self.place.0 as u64) << 48) + ((self.place.1 as u64) << 32) + token.position as u64 + 1;
                 let state = steps.wrapping_mul(0x9E37_79B9_7F4A_7C15);
                 let mixed = (state ^ (state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
                 let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
