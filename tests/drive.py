@@ -86,7 +86,7 @@ class Drive:
         self.positions, self.mass, self.peak, self.tags = self._buffers(self.slots)
         self.ledger = _core.Ledger(self.spec, self.positions, self.mass, self.peak, threads=self.threads)
         self.twins = {
-            (layer, row, head): Twin(self.rules)
+            (layer, row, head): Twin(self.rules, layer, head)
             for layer in range(self.layers)
             for row in range(self.batch)
             for head in range(self.kv_heads)

@@ -33,7 +33,8 @@ class NaiveCache:
         self.model = model
         self.seen = 0
         heads = model.config.num_key_value_heads
-        self.twins = [[Twin(rules) for _ in range(heads)] for _ in range(model.config.num_hidden_layers)]
+        layers = range(model.config.num_hidden_layers)
+        self.twins = [[Twin(rules, layer, head) for head in range(heads)] for layer in layers]
         self.stored: list[list[dict[int, tuple[Tensor, Tensor]]]] = [[{} for _ in layer] for layer in self.twins]
 
     @property

@@ -43,6 +43,12 @@ class Rules:
         Mass is judged per query that could look at the token: divided by what those queries weigh.
     weighted : bool
         Looks count by the length of the token's value over the length of its key.
+    window : int or None
+        The recent window has this many tokens, or half of those kept where that is less, whatever the weights say.
+    pool : int
+        A contender for a place by mass is worth the largest mass of the contenders up to this many positions away.
+    drawn : bool
+        A contender is worth a number drawn for its layer, kv head and position, whatever was looked at.
     """
 
     budget: int | None
@@ -57,6 +63,9 @@ class Rules:
     look_gap: int = 0
     averaged: bool = False
     weighted: bool = False
+    window: int | None = None
+    pool: int = 0
+    drawn: bool = False
 
     @property
     def gap(self) -> int:
@@ -68,6 +77,8 @@ class Rules:
         sinks = min(self.sink_size, keep - 1)
         rest = keep - sinks
         recent = max(1, math.floor(rest * self.recent / (self.heavy + self.recent) + 0.5))
+        if self.window is not None:
+            recent = max(1, min(self.window, keep // 2))
         heavy = rest - recent
         peak = math.floor(heavy * self.peak_ratio + 0.5)
         return sinks, recent, peak, heavy - peak
@@ -101,12 +112,27 @@ def _liquid_fusion(budget: int | None) -> Rules:
     )  # fmt: skip
 
 
+def _tova(budget: int | None) -> Rules:
+    return Rules(budget, heavy=1.0, recent=0.0, gamma=0.0)
+
+
+def _snapkv(budget: int | None) -> Rules:
+    return Rules(budget, heavy=1.0, recent=0.0, gamma=31 / 32, window=32, pool=3)
+
+
+def _random(budget: int | None) -> Rules:
+    return Rules(budget, heavy=1.0, recent=0.0, drawn=True)
+
+
 STRATEGIES: dict[str, Callable[[int | None], Rules]] = {
     "full": _full,
     "local": _local,
     "streaming": _streaming,
     "h2o": _h2o,
     "liquid_fusion": _liquid_fusion,
+    "tova": _tova,
+    "snapkv": _snapkv,
+    "random": _random,
 }
 """Strategy name to its own defaults; a strategy of the product that is missing here has no twin and fails the tests."""
 
@@ -119,6 +145,9 @@ LISTENS: dict[str, frozenset[str]] = {
     "liquid_fusion": frozenset(
         {"sink_size", "adaptive", "heavy", "recent", "peak_ratio", "gamma", "look_gap", "averaged", "weighted"}
     ),
+    "tova": frozenset(),
+    "snapkv": frozenset(),
+    "random": frozenset(),
 }
 
 
@@ -127,6 +156,14 @@ def rules(strategy: str, budget: int | None, *, interval: int = 1, **given: floa
     own = STRATEGIES[strategy](budget)
     heard = {name: value for name, value in given.items() if name in LISTENS[strategy]}
     return replace(own, interval=interval, **heard)  # type: ignore[arg-type]
+
+
+def splitmix64(n: int) -> int:
+    """Return the number at index `n` of the generator splitmix64 with the seed 0."""
+    word = (n + 1) * 0x9E3779B97F4A7C15 % 2**64
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    word = (word ^ word >> 27) * 0x94D049BB133111EB % 2**64
+    return word ^ word >> 31
 
 
 @cache
@@ -152,10 +189,14 @@ class Twin:
 
     `margin` is the smallest relative distance between a kept and a dropped score over all choices so far. Where it is
     far above the float32 error of the product, the product must choose the same tokens; an exact tie does not count,
-    because the rule decides it.
+    because the rule decides it, and neither does a choice by drawn numbers, which have no error.
+
+    Layer and kv head matter to drawn numbers only.
     """
 
     rules: Rules
+    layer: int = 0
+    head: int = 0
     tokens: dict[int, Scores] = field(default_factory=dict)
     doomed: list[int] = field(default_factory=list)
     seen: int = 0
@@ -237,7 +278,7 @@ class Twin:
             ranked = sorted(left, key=lambda position: (score(position), position), reverse=True)
             if 0 < count < len(ranked):
                 last, next_ = score(ranked[count - 1]), score(ranked[count])
-                if last != next_:
+                if last != next_ and not self.rules.drawn:
                     self.margin = min(self.margin, (last - next_) / last)
             chosen.update(ranked[:count])
             left = sorted(ranked[count:])
@@ -254,8 +295,16 @@ class Twin:
             left = [position for position in left if position not in chosen]
             take(recent + sinks - len(first), newest)
         take(peak, lambda position: self.tokens[position].peak)
-        take(mass, self._mass)
+        contenders = list(left)
+        take(mass, lambda position: self._worth(position, contenders))
         return chosen
+
+    def _worth(self, position: int, contenders: list[int]) -> float:
+        if self.rules.drawn:
+            return splitmix64(self.layer * 2**48 + self.head * 2**32 + position) // 2**40
+        if self.rules.pool:
+            return max(self.tokens[other].mass for other in contenders if abs(other - position) <= self.rules.pool)
+        return self._mass(position)
 
     def _mass(self, position: int) -> float:
         mass = self.tokens[position].mass

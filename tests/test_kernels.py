@@ -175,6 +175,12 @@ def test_decode_window_and_softcap(window, softcap, weighted):
     check_decode(*decode_case(7, torch.float32, 2, 64, window=window, softcap=softcap, weighted=weighted))
 
 
+@pytest.mark.parametrize("mass_decay", [0.0, 1.0])
+def test_decode_decays(mass_decay):
+    arguments, options = decode_case(9, torch.float32, 2, 64)
+    check_decode(arguments, options | {"mass_decay": mass_decay})
+
+
 def test_decode_unscored():
     arguments, options = decode_case(3, torch.float32, 2, 64)
     expected = naive_decode(*arguments, **options)
@@ -323,7 +329,7 @@ def test_prefill_masks(slots, padded, window, softcap):
     check_prefill(*prefill_case(1, torch.float32, 2, 64, queries, slots, window=window, softcap=softcap, padded=padded))
 
 
-@pytest.mark.parametrize("decays", [(1.0, 0.9995), (0.998, 0.998), (1.0, 1.0), (0.0, 0.9995)])
+@pytest.mark.parametrize("decays", [(1.0, 0.9995), (0.998, 0.998), (1.0, 1.0), (0.0, 0.9995), (31 / 32, 0.9995)])
 def test_prefill_decays(decays):
     check_prefill(*prefill_case(2, torch.float32, 2, 64, 45, 20, decays=decays))
 

@@ -24,6 +24,8 @@ PATH = Path(__file__).resolve().parents[2] / "shared" / "reference.py"
 if not PATH.is_file():
     pytest.skip("../shared/reference.py is not beside this checkout", allow_module_level=True)
 
+# The specification is older than these, and has no words for what they do.
+KNOWN = [name for name in STRATEGIES if name not in ("full", "snapkv", "random")]
 CALLS = [3, 1, 30, *[1] * 60, 2, *[1] * 40, 75, *[1] * 120, 17, *[1] * 80]
 
 
@@ -64,7 +66,7 @@ def attention(seed: int) -> Callable[[list[int], list[int]], list[list[float]]]:
 
 
 @pytest.mark.parametrize("interval", [1, 3])
-@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "full"])
+@pytest.mark.parametrize("strategy", KNOWN)
 def test_twin_and_product_agree_with_it(shared: ModuleType, strategy: str, interval: int) -> None:
     """All three on the same probabilities, chunks and decode steps mixed: positions and scores after every call."""
     budget = 40
@@ -90,7 +92,7 @@ def test_twin_and_product_agree_with_it(shared: ModuleType, strategy: str, inter
 def test_splits_agree(shared: ModuleType) -> None:
     """Every number of kept tokens, for every strategy's own ratios and for awkward ones."""
     awkward = [(0.5, 0.5, 0.25), (1.0, 0.001, 1.0), (0.001, 1.0, 0.5), (0.7, 0.3, 0.0)]
-    rules = [STRATEGIES[name](96) for name in STRATEGIES if name != "full"]
+    rules = [STRATEGIES[name](96) for name in KNOWN]
     rules += [Rules(96, 4, heavy, recent, peak) for heavy, recent, peak in awkward]
     for rule in rules:
         for keep in range(1, 97):

@@ -36,7 +36,8 @@ class KVCache(Cache):
         A decoder-only language model whose attention goes through transformers' attention interface. One reversible
         wrapper is put on its `forward` (`liquidfusion.uninstall` removes it).
     strategy : str
-        A name from `liquidfusion.strategies()`: `full`, `local`, `streaming`, `h2o`, `liquid_fusion`, ...
+        A name from `liquidfusion.strategies()`: `full`, `local`, `streaming`, `h2o`, `liquid_fusion`, `tova`, `snapkv`,
+        `random`.
     budget : int, optional
         Slots in tokens, at least `sink_size + 4`. Default: what `window_size` asks for. `full` ignores it.
     cache_size : float, optional
@@ -44,7 +45,8 @@ class KVCache(Cache):
     prompt_tokens : int, optional
         Prompt length in tokens that `cache_size` refers to.
     window_size : int, optional
-        Recent tokens to keep when no budget is given (default 256).
+        Recent tokens to keep when no budget is given (default 256); the budget itself for `tova`, `snapkv` and
+        `random`.
     sink_size, sink_update_rate, heavy_ratio, recent_ratio, peak_ratio, eviction_interval, sinks
         Parameters of the strategy; None is the strategy's own default. One that the strategy does not use is checked,
         ignored and None in `spec.params`.

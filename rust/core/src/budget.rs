@@ -32,6 +32,11 @@ pub struct Shares {
     pub peak: f64,
 }
 
+impl Shares {
+    /// All heavy hitters by mass, but for the newest token, which always stays.
+    pub const HEAVY: Self = Self { heavy: 1.0, recent: 0.0, peak: 0.0 };
+}
+
 /// Round half up: neither half to even nor truncation.
 #[must_use]
 pub fn half_up(x: f64) -> usize {
@@ -60,9 +65,10 @@ impl Split {
     }
 }
 
-/// The budget whose recent part is `window` tokens.
+/// The budget whose recent part is `window` tokens; where the recent part has no share, the window is the budget.
 #[must_use]
 pub fn from_window(window: usize, sink_size: usize, shares: Option<Shares>) -> usize {
+    let shares = shares.filter(|s| s.recent > 0.0);
     sink_size + shares.map_or(window, |s| half_up(window as f64 * (s.heavy + s.recent) / s.recent))
 }
 
@@ -110,7 +116,7 @@ mod tests {
     fn splits_add_up() {
         for keep in 1..400 {
             for sinks in [0, 1, 4, 30] {
-                for shares in [None, Some(Shares { heavy: 0.2, recent: 0.3, peak: 0.5 })] {
+                for shares in [None, Some(Shares { heavy: 0.2, recent: 0.3, peak: 0.5 }), Some(Shares::HEAVY)] {
                     let split = Split::of(keep, sinks, shares);
                     assert_eq!(split.total(), keep);
                     assert!(split.recent >= 1 && split.sinks <= sinks);
@@ -127,6 +133,7 @@ mod tests {
                 let budget = from_window(window, 4, shares);
                 assert_eq!(Split::of(budget, 4, shares).recent, window, "{heavy} {recent}");
             }
+            assert_eq!(from_window(window, 4, Some(Shares::HEAVY)), window + 4);
         }
     }
 

@@ -7,6 +7,7 @@ use crate::budget::Split;
 use crate::select::{Cut, FINITE, Field, Hint, OUTSIDE, cut, valid};
 use crate::simd::{self, Lanes, Work};
 use crate::sinks::Sinks;
+use crate::worth::{self, Lane, Worth};
 
 /// How the candidates are judged.
 #[derive(Debug, Clone, Copy)]
@@ -15,6 +16,10 @@ pub(crate) struct Rule<'a> {
     pub(crate) sinks: Sinks,
     /// How mass becomes average looks, where it does.
     pub(crate) average: Option<&'a Average>,
+    /// What stands in for the mass, where something does.
+    pub(crate) worth: Worth,
+    /// Where the decision is taken: what a random one depends on.
+    pub(crate) lane: Lane,
 }
 
 /// Scores of the candidates, stored tokens first.
@@ -61,7 +66,7 @@ impl Candidates<'_> {
     }
 
     /// Positions of all, -1 for queued slots too.
-    fn positions(&self) -> Vec<i32> {
+    pub(crate) fn positions(&self) -> Vec<i32> {
         let mut positions = [self.stored, self.columns].concat();
         self.queued().for_each(|slot| positions[slot] = -1);
         positions
@@ -98,6 +103,8 @@ pub(crate) struct Scratch {
     ties: Vec<i32>,
     /// Where the searches for sinks, peak and mass ended last.
     hints: [Hint; 3],
+    /// What stands in for the masses.
+    worth: Vec<f32>,
 }
 
 /// What one look at the candidates finds out.
@@ -194,7 +201,25 @@ impl Counts {
 impl Scratch {
     /// Fill `victims` and `kept` by what the split keeps.
     pub(crate) fn decide(&mut self, candidates: Candidates<'_>, rule: Rule<'_>) -> Result<(), BadScore> {
-        simd::dispatch(Decision { scratch: self, candidates, rule })
+        let mut worth = std::mem::take(&mut self.worth);
+        let scores = match (rule.worth, candidates.scores) {
+            (Worth::Pooled(reach), Some(scores)) => {
+                // A score that may not be used would spread, or vanish.
+                if let Some(bad) = candidates.find_bad() {
+                    return Err(bad);
+                }
+                worth::pool(&candidates, scores.mass, reach, rule.split.recent, &mut worth);
+                Some(Scores { mass: &worth, ..scores })
+            }
+            (Worth::Random, _) => {
+                worth::draw(&candidates, rule.lane, &mut worth);
+                Some(Scores { mass: &worth, peak: &worth })
+            }
+            (_, scores) => scores,
+        };
+        let decided = simd::dispatch(Decision { scratch: self, candidates: Candidates { scores, ..candidates }, rule });
+        self.worth = worth;
+        decided
     }
 
     /// The victims in the order of their positions.

@@ -12,6 +12,7 @@ use crate::error::{Error, Result, fail};
 use crate::spec::Spec;
 use crate::threads;
 use crate::view::{View, ViewMut};
+use crate::worth;
 
 /// Slots to decide about below which helpers cost more than they bring.
 const WORTH_THREADS: usize = 1 << 16;
@@ -319,10 +320,10 @@ impl Ledger {
         }
         let threads = if (per_lane + n) * batch * heads < WORTH_THREADS { 1 } else { self.threads };
         threads::for_each(threads, chunk_lanes, |(i, plan)| {
-            let b = i / heads;
-            let len = call.lengths[b];
+            let (b, len) = (i / heads, call.lengths[i / heads]);
             let wide = i * (per_lane + n)..(i + 1) * (per_lane + n);
             let lane = Lane {
+                at: worth::Lane { layer, head: i % heads },
                 candidates: Candidates {
                     stored: &stored_positions[lane_of(i) * per_lane..][..per_lane],
                     queued: [&[], &[]],
@@ -408,7 +409,7 @@ impl Ledger {
         let mut chosen = 0;
         if due.iter().any(|&victims| victims > 0) {
             let split = self.spec.split(per_lane - 2 * interval);
-            let rule = Rule { split, sinks: self.spec.sinks(), average: self.average.as_ref() };
+            let (sinks, average, worth) = (self.spec.sinks(), self.average.as_ref(), self.spec.worth());
             let (seen, failure) = (&self.seen, Mutex::new(None));
             let positions = &*slots.positions;
             let scores = slots.scores.as_ref().map(|(mass, peak)| (&**mass, &**peak));
@@ -422,7 +423,9 @@ impl Ledger {
                 let here = lane * per_lane..(lane + 1) * per_lane;
                 let positions = &positions[here.clone()];
                 let scores = scores.map(|(mass, peak)| Scores { mass: &mass[here.clone()], peak: &peak[here] });
-                let place = || format!("layer {}, row {b}, head {}", lane / heads / batch, lane % heads);
+                let at = worth::Lane { layer: lane / heads / batch, head: lane % heads };
+                let rule = Rule { split, sinks, average, worth, lane: at };
+                let place = || format!("layer {}, row {b}, head {}", at.layer, at.head);
                 let candidates =
                     Candidates { stored: positions, queued: [&[]; 2], columns: &[], seen: seen[b] as i32, scores };
                 if let Err(error) = choose(candidates, rule, due[b], ring, rings[b], place) {
@@ -649,6 +652,7 @@ fn check_ranks(b: usize, columns: &[i32], len: usize) -> Result<()> {
 
 /// One (layer, row, head) of a chunk.
 struct Lane<'a> {
+    at: worth::Lane,
     candidates: Candidates<'a>,
     seen_before: usize,
     len: usize,
@@ -676,7 +680,8 @@ impl Lane<'_> {
         }
         SCRATCH.with_borrow_mut(|scratch| {
             let judged = if stored + self.len > slots {
-                let rule = Rule { split: spec.split(slots), sinks: spec.sinks(), average };
+                let rule =
+                    Rule { split: spec.split(slots), sinks: spec.sinks(), average, worth: spec.worth(), lane: self.at };
                 scratch.decide(self.candidates, rule)
             } else {
                 scratch.victims.clear();

@@ -5,6 +5,7 @@
 //!
 //! - [`policy`]: the strategies, one file each, behind one trait and one registry;
 //! - [`spec`]: a strategy with validated parameters; [`budget`]: how a budget is divided; [`sinks`]: what a sink is;
+//!   [`worth`]: what heavy hitters are chosen by;
 //! - [`ledger`]: the slots of all layers, rows and heads, their reuse queues and the eviction decisions;
 //! - [`accumulate`]: attention probabilities into mass and peak; [`select`]: the k largest scores of many rows.
 #![forbid(unsafe_code)]
@@ -22,5 +23,6 @@ pub mod sinks;
 pub mod spec;
 pub mod threads;
 pub mod view;
+pub mod worth;
 
 pub use error::{Error, Result};

@@ -4,6 +4,7 @@ use crate::budget::{self, LEAST_BESIDE_SINKS, Split, in_range};
 use crate::error::{Result, fail};
 use crate::policy::{self, Parameters, Strategy};
 use crate::sinks::Sinks;
+use crate::worth::Worth;
 
 /// What a user asked for; `None` leaves the strategy its own default.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -194,6 +195,12 @@ impl Spec {
         self.parameters.sinks.unwrap_or_default()
     }
 
+    /// What heavy hitters are chosen by, besides peak attention.
+    #[must_use]
+    pub fn worth(&self) -> Worth {
+        self.strategy.worth()
+    }
+
     /// Divide `keep` tokens.
     #[must_use]
     pub fn split(&self, keep: usize) -> Split {
@@ -219,7 +226,7 @@ mod tests {
             let spec = Spec::new(strategy.name(), &Request::default()).unwrap();
             assert_eq!(spec.budget().is_some(), strategy.bounded());
             if let Some(budget) = spec.budget() {
-                assert_eq!(spec.split(budget).recent, 256);
+                assert!(spec.split(budget).recent == 256 || budget == 256, "{}", strategy.name());
                 assert_eq!(spec.split(budget).total(), budget);
                 let given = Request { budget: Some(budget as i64), ..Request::default() };
                 assert_eq!(Spec::new(strategy.name(), &given).unwrap().split(budget), spec.split(budget));
@@ -252,6 +259,25 @@ mod tests {
         assert_eq!(spec.split(64), Split { sinks: 0, recent: 32, peak: 0, mass: 32 });
         let full = Spec::new("full", &request).unwrap();
         assert_eq!((full.budget(), *full.parameters()), (None, Parameters::default()));
+    }
+
+    #[test]
+    fn rivals_have_their_papers_numbers() {
+        let sized = |name, budget| Spec::new(name, &Request { budget: Some(budget), ..Request::default() }).unwrap();
+        let split = |recent, mass| Split { sinks: 0, recent, peak: 0, mass };
+        for name in ["tova", "random"] {
+            assert_eq!(sized(name, 40).split(40), split(1, 39));
+            assert_eq!(sized(name, 40).split(1), split(1, 0));
+        }
+        assert_eq!(
+            [40, 65, 500, 1].map(|keep| sized("snapkv", 500).split(keep)),
+            [split(20, 20), split(32, 33), split(32, 468), split(1, 0)]
+        );
+        assert_eq!(
+            ["tova", "snapkv"].map(|name| sized(name, 40).mass_decay().to_bits()),
+            [0.0, 0.96875].map(f64::to_bits)
+        );
+        assert!(config_error("tova", &Request { budget: Some(3), ..Request::default() }).contains("from 4 to"));
     }
 
     #[test]

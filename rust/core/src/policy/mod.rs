@@ -6,11 +6,15 @@ mod full;
 mod h2o;
 mod liquid_fusion;
 mod local;
+mod random;
+mod snapkv;
 mod streaming;
+mod tova;
 
 use crate::budget::{Shares, Split};
 use crate::error::{Result, fail};
 use crate::sinks::Sinks;
+use crate::worth::Worth;
 
 /// Factor by which peak attention fades per query token.
 pub const PEAK_DECAY: f64 = 0.9995;
@@ -24,7 +28,7 @@ pub const WINDOW_SIZE: usize = 256;
 /// Every parameter a strategy may use. `None` means "the strategy's own" in a request and "not used" in defaults and results.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Parameters {
-    /// Recent tokens that determine the budget when none is given.
+    /// Recent tokens that determine the budget when none is given: the budget itself where the recent window has no share.
     pub window_size: Option<usize>,
     /// Number of attention sinks.
     pub sink_size: Option<usize>,
@@ -101,11 +105,24 @@ pub trait Strategy: Send + Sync {
     fn split(&self, keep: usize, parameters: &Parameters) -> Split {
         Split::of(keep, parameters.sink_size.unwrap_or(0), self.shares(parameters))
     }
+
+    /// What heavy hitters are chosen by, besides peak attention.
+    fn worth(&self) -> Worth {
+        Worth::Mass
+    }
 }
 
 /// All strategies, in the order they are shown.
-pub static REGISTRY: &[&dyn Strategy] =
-    &[&full::Full, &local::Local, &streaming::Streaming, &h2o::H2o, &liquid_fusion::LiquidFusion];
+pub static REGISTRY: &[&dyn Strategy] = &[
+    &full::Full,
+    &local::Local,
+    &streaming::Streaming,
+    &h2o::H2o,
+    &liquid_fusion::LiquidFusion,
+    &tova::Tova,
+    &snapkv::SnapKv,
+    &random::Random,
+];
 
 /// The strategy of that name.
 pub fn find(name: &str) -> Result<&'static dyn Strategy> {

@@ -75,10 +75,15 @@ impl Machine {
             positions: vec![-1; n],
             mass: vec![0.0; n],
             peak: vec![0.0; n],
-            heads: vec![Head::new(&spec, slots); lanes],
+            heads: Self::fresh(&spec, shape),
             spec,
             shape,
         }
+    }
+
+    fn fresh(spec: &Spec, shape: Shape) -> Vec<Head> {
+        let Shape { layers, batch, heads, slots } = shape;
+        (0..layers * batch * heads).map(|lane| Head::new(spec, slots, (lane / heads / batch, lane % heads))).collect()
     }
 
     fn slots(&mut self) -> (&mut Ledger, Slots<'_>) {
@@ -250,9 +255,7 @@ impl Machine {
     fn reset(&mut self) {
         let (ledger, mut tensors) = self.slots();
         ledger.reset(&mut tensors).unwrap();
-        for head in &mut self.heads {
-            *head = Head::new(&self.spec, self.shape.slots);
-        }
+        self.heads = Self::fresh(&self.spec, self.shape);
     }
 
     fn check(&self) {

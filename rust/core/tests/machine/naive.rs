@@ -2,6 +2,7 @@
 
 use liquidfusion_core::sinks::Sinks;
 use liquidfusion_core::spec::Spec;
+use liquidfusion_core::worth::Worth;
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Token {
@@ -14,6 +15,8 @@ struct Token {
 #[derive(Debug, Clone)]
 pub(crate) struct Head {
     spec: Spec,
+    /// Layer and kv head.
+    place: (usize, usize),
     seen: usize,
     slots: Vec<Option<Token>>,
     queue: Vec<usize>,
@@ -30,8 +33,8 @@ fn round_half_up(x: f64) -> usize {
 }
 
 impl Head {
-    pub(crate) fn new(spec: &Spec, slots: usize) -> Self {
-        Self { spec: spec.clone(), seen: 0, slots: vec![None; slots], queue: (0..slots).collect() }
+    pub(crate) fn new(spec: &Spec, slots: usize, place: (usize, usize)) -> Self {
+        Self { spec: spec.clone(), place, seen: 0, slots: vec![None; slots], queue: (0..slots).collect() }
     }
 
     pub(crate) fn seen(&self) -> usize {
@@ -127,13 +130,14 @@ impl Head {
         let p = self.spec.parameters();
         let sinks = p.sink_size.unwrap_or(0).min(count - 1);
         let rest = count - sinks;
-        let (recent, peaks, masses) = if self.spec.strategy().scored() {
-            let (heavy, recent) = (p.heavy_ratio.unwrap(), p.recent_ratio.unwrap());
+        let (recent, peaks, masses) = if let (Some(heavy), Some(recent)) = (p.heavy_ratio, p.recent_ratio) {
             let recent = round_half_up(rest as f64 * recent / (heavy + recent)).max(1);
             let peaks = round_half_up((rest - recent) as f64 * p.peak_ratio.unwrap_or(0.0));
             (recent, peaks, rest - recent - peaks)
         } else {
-            (rest, 0, 0)
+            // Nothing to set: the strategy's own numbers, which tests of theirs check.
+            let split = self.spec.split(count);
+            (split.recent, split.peak, split.mass)
         };
         let mut left = candidates.to_vec();
         left.sort_by_key(|token| token.position);
@@ -148,8 +152,28 @@ impl Head {
             take(&mut left, &mut kept, sinks, |token| self.judged(token));
         }
         take(&mut left, &mut kept, peaks, |token| token.peak);
-        take(&mut left, &mut kept, masses, |token| self.judged(token));
+        let contenders = left.clone();
+        take(&mut left, &mut kept, masses, |token| self.worth(token, &contenders));
         kept
+    }
+
+    /// What the token is worth among those that contend with it.
+    fn worth(&self, token: &Token, contenders: &[Token]) -> f32 {
+        match self.spec.worth() {
+            Worth::Mass => self.judged(token),
+            Worth::Pooled(reach) => (contenders.iter())
+                .filter(|other| token.position.abs_diff(other.position) <= reach)
+                .map(|other| other.mass)
+                .fold(0.0, f32::max),
+            Worth::Random => {
+                // splitmix64, stepped to where the token's number is: one step for each number before it, all at once.
+                let steps = ((self.place.0 as u64) << 48) + ((self.place.1 as u64) << 32) + token.position as u64 + 1;
+                let state = steps.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+                let mixed = (state ^ (state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+                let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+                ((mixed ^ (mixed >> 31)) >> 40) as f32
+            }
+        }
     }
 
     /// The mass, or per query that could look where the strategy wants it.
