@@ -103,13 +103,13 @@ impl Judge for PerWeight<'_> {
     #[inline(always)]
     fn prepare(self, positions: &[i32], words: &mut [i32]) {
         let last = self.table.len() as i32 - 1;
-        let mut least = last;
+        let mut fewest = last;
         for (word, &position) in words.iter_mut().zip(positions) {
             *word = queries(self.newest, position).min(last);
-            least = least.min(*word);
+            fewest = fewest.min(*word);
         }
         // In a long context most tokens are older than the table reaches.
-        if least == last {
+        if fewest == last {
             words.fill(self.table[last as usize].to_bits() as i32);
             return;
         }

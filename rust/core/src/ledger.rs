@@ -309,11 +309,13 @@ impl Ledger {
         let lane_of = |i: usize| layer * batch * heads + i;
         let chunk_lanes = plan.chunks_exact_mut(per_lane).enumerate().filter(|(i, _)| call.lengths[i / heads] > 1);
         let stored_positions = &*slots.positions;
-        let scored = self.spec.strategy().scored();
+        let by_scores = self.spec.strategy().scored();
         let mut new_positions = columns.data().to_vec();
         for (b, row) in new_positions.chunks_exact_mut(n.max(1)).enumerate() {
             let before = (self.seen[b] - call.lengths[b]) as i32;
-            row.iter_mut().for_each(|rank| *rank = if *rank < 0 { -1 } else { before + *rank });
+            for rank in row {
+                *rank = if *rank < 0 { -1 } else { before + *rank };
+            }
         }
         let threads = if (per_lane + n) * batch * heads < WORTH_THREADS { 1 } else { self.threads };
         threads::for_each(threads, chunk_lanes, |(i, plan)| {
@@ -326,7 +328,7 @@ impl Ledger {
                     queued: [&[], &[]],
                     columns: &new_positions[b * n..][..n],
                     seen: self.seen[b] as i32,
-                    scores: scores.filter(|_| scored).map(|scores| Scores {
+                    scores: scores.filter(|_| by_scores).map(|scores| Scores {
                         mass: &scores.mass.data()[wide.clone()],
                         peak: &scores.peak.data()[wide],
                     }),
@@ -418,10 +420,15 @@ impl Ledger {
             threads::for_each(threads, lanes, |(lane, ring)| {
                 let b = lane / heads % batch;
                 let here = lane * per_lane..(lane + 1) * per_lane;
-                let positions = &positions[here.clone()];
-                let scores = scores.map(|(mass, peak)| Scores { mass: &mass[here.clone()], peak: &peak[here] });
+                let candidates = Candidates {
+                    stored: &positions[here.clone()],
+                    queued: [&[], &[]],
+                    columns: &[],
+                    seen: seen[b] as i32,
+                    scores: scores.map(|(mass, peak)| Scores { mass: &mass[here.clone()], peak: &peak[here.clone()] }),
+                };
                 let place = || format!("layer {}, row {b}, head {}", lane / heads / batch, lane % heads);
-                if let Err(error) = choose(positions, scores, seen[b], rule, due[b], ring, rings[b], place) {
+                if let Err(error) = choose(candidates, rule, due[b], ring, rings[b], place) {
                     note(&failure, lane, error);
                 }
             });
@@ -693,9 +700,7 @@ impl Lane<'_> {
 
 /// Append a lane's next victims to its ring, oldest first.
 fn choose(
-    positions: &[i32],
-    scores: Option<Scores<'_>>,
-    seen: usize,
+    candidates: Candidates<'_>,
     rule: Rule<'_>,
     victims: usize,
     ring: &mut [i32],
@@ -703,10 +708,10 @@ fn choose(
     place: impl Fn() -> String,
 ) -> Result<()> {
     let slots = ring.len();
+    let Candidates { stored: positions, scores, .. } = candidates;
     SCRATCH.with_borrow_mut(|scratch| {
         let (from_start, wrapped) = (len.min(slots - start), (start + len).saturating_sub(slots));
-        let queued = [&ring[start..start + from_start], &ring[..wrapped]];
-        let candidates = Candidates { stored: positions, queued, columns: &[], seen: seen as i32, scores };
+        let candidates = Candidates { queued: [&ring[start..start + from_start], &ring[..wrapped]], ..candidates };
         scratch.decide(candidates, rule).map_err(|bad| score_error(bad, scores, &place))?;
         if scratch.victims.len() != victims {
             fail!(
