@@ -112,19 +112,46 @@ def eviction(rounds: int) -> list[tuple[str, float, float]]:
     )
     rows = report(f"evict {interval} of {slots}, 256 rows, selection alone", times, "core")
 
-    decisions: dict[str, list[float]] = {}
-    for threads in (1, 2):
-        _, rewind, decide = ledger(slots, interval, threads)
-        name = f"core, {threads} thread{'s' * (threads > 1)}"
-        decisions[name] = []
-        for turn in range(rounds + 1):
+    decisions: dict[str, list[float]] = {"core, 1 thread": [], "core, 2 threads": []}
+    ledgers = [ledger(slots, interval, threads) for threads in (1, 2)]
+    for turn in range(rounds + 1):
+        for seconds, (_, rewind, decide) in zip(decisions.values(), ledgers, strict=True):
             rewind()
             start = time.perf_counter()
             decide()
             if turn:
-                decisions[name].append(time.perf_counter() - start)
+                seconds.append(time.perf_counter() - start)
     decisions["torch.topk"] = times["torch.topk"]
     return rows + report("a whole decision, 32 layers x 8 heads x 2112 slots", decisions, "core, 1 thread")
+
+
+def chunk(rounds: int) -> list[tuple[str, float, float]]:
+    """What prefill waits for: one layer's decision about 32,768 new columns beside 2,048 slots, 8 heads."""
+    heads, slots, new = 8, 2048, 32768
+    shape = (1, 1, heads, slots)
+    columns = torch.arange(new, dtype=torch.int32)[None]
+    chosen, source = torch.empty(1, 1, heads, dtype=torch.int64), torch.empty(1, heads, slots, dtype=torch.int32)
+    mass, peak = (scores(heads, slots + new, seed).view(1, heads, -1) for seed in (1, 2))
+    times: dict[str, list[float]] = {"1 thread": [], "2 threads": []}
+    cores = [
+        _core.Ledger(
+            _core.Spec("liquid_fusion", slots),
+            torch.full(shape, -1, dtype=torch.int32),
+            torch.zeros(shape),
+            torch.zeros(shape),
+            threads=threads,
+        )
+        for threads in (1, 2)
+    ]
+    for turn in range(rounds + 1):
+        for seconds, core in zip(times.values(), cores, strict=True):
+            core.begin([new], chosen)
+            start = time.perf_counter()
+            core.chunk(0, columns, mass, peak, source)
+            if turn:
+                seconds.append(time.perf_counter() - start)
+            core.finish()
+    return report(f"a chunk's decision, {heads} heads x {slots + new} candidates", times, "1 thread")
 
 
 def overhead(rounds: int) -> list[tuple[str, float, float]]:
@@ -202,6 +229,7 @@ def main() -> None:
     rows = selection(256, 2048, 1024, rounds)
     rows += eviction(rounds)
     rows += selection(8, 131072, 2048, max(rounds // 3, 3))
+    rows += chunk(rounds)
     rows += overhead(rounds)
     for threads in (1, 2):
         torch.set_num_threads(threads)
