@@ -99,15 +99,33 @@ def config(shape: str, layers: int | None, **more: Any) -> LlamaConfig:
     return LlamaConfig(**values)
 
 
+class Blank(LlamaForCausalLM):
+    """A model whose weights are left as they are: transformers draws them one by one, which takes minutes for 8 B."""
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        pass
+
+
 def build(shape: LlamaConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A model with random weights, split over the processes if there are several."""
+    """A model with random weights, split over the processes if there are several; each draws its own share."""
     parallel = {"distributed_config": plan()} if dist.get_world_size() > 1 else {"device_map": device}
-    model = LlamaForCausalLM.from_pretrained(None, config=shape, state_dict={}, dtype=dtype, **parallel).eval()
-    # What every process holds whole must be the same in all of them.
+    model = Blank.from_pretrained(None, config=shape, state_dict={}, dtype=dtype, **parallel).eval()
     for parameter in model.parameters():
-        if not isinstance(parameter, DTensor):
-            dist.broadcast(parameter.data, 0)
+        whole = not isinstance(parameter, DTensor)
+        own = parameter.data if whole else parameter.data.to_local()
+        own.fill_(1) if own.dim() == 1 else own.normal_(0, shape.initializer_range)
+        if whole:  # the same in every process
+            dist.broadcast(own, 0)
     return model
+
+
+STARTED = time.perf_counter()
+
+
+def say(what: str) -> None:
+    """Tell how far the run is, on the first process."""
+    if dist.get_rank() == 0:
+        print(f"[{time.perf_counter() - STARTED:.0f} s] {what}", flush=True)
 
 
 def plan() -> Any:
@@ -141,7 +159,9 @@ class Bench:
         self.args, self.device = args, device
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.config = config(args.shape, args.layers)
+        say("building the model")
         self.model = build(self.config, self.dtype, device)
+        say(f"built on {device}")
         self.keyword = cache_keyword(self.model)
         self.kv_heads = self.config.num_key_value_heads // dist.get_world_size()
 
@@ -290,28 +310,34 @@ def main() -> None:
         "arguments": vars(args),
         "tokens_equal": equal_tokens(device),
     }
+    say(f"tokens and positions equal one process: {result['tokens_equal']}")
+    rows: list[dict[str, Any]] = []
+    result["rows"] = rows
+
+    def keep(row: dict[str, Any]) -> None:
+        """What is measured is shown and written at once."""
+        rows.append(row)
+        say(json.dumps(row))
+        if dist.get_rank() == 0 and args.out:
+            with open(args.out, "w", encoding="utf-8") as file:
+                json.dump(result, file, indent=2)
+
     with torch.no_grad():
         bench = Bench(args, device)
         # As many tokens as fill the slots and evict once: a bounded cache steps alike after any longer context.
         filled = args.budget + CHUNK_TOKENS // args.batch
-        rows = [
-            bench.measure("liquidfusion", 1, lambda: bench.ours(1, args.context)),
-            bench.measure("liquidfusion, no graph", 1, lambda: bench.ours(1, args.context, graph=False)),
-            bench.measure("DynamicCache", 1, lambda: bench.theirs("dynamic", 1, args.context)),
-            bench.measure("StaticCache", 1, lambda: bench.theirs("static", 1, args.context)),
-            bench.measure("liquidfusion", args.batch, lambda: bench.ours(args.batch, filled)),
-            bench.measure("DynamicCache", args.batch, lambda: bench.theirs("dynamic", args.batch, args.context)),
-        ]
+        keep(bench.measure("liquidfusion", 1, lambda: bench.ours(1, args.context)))
+        keep(bench.measure("liquidfusion", args.batch, lambda: bench.ours(args.batch, filled)))
+        keep(bench.measure("DynamicCache", 1, lambda: bench.theirs("dynamic", 1, args.context)))
+        keep(bench.measure("StaticCache", 1, lambda: bench.theirs("static", 1, args.context)))
+        keep(bench.measure("liquidfusion, no graph", 1, lambda: bench.ours(1, filled, graph=False)))
+        keep(bench.measure("DynamicCache", args.batch, lambda: bench.theirs("dynamic", args.batch, args.context)))
         largest = bench.largest_batch()
-        rows.append(bench.measure("liquidfusion", largest, lambda: bench.ours(largest, args.budget + 16)))
-    result["rows"] = rows
+        keep(bench.measure("liquidfusion", largest, lambda: bench.ours(largest, args.budget + 16)))
     counts = {row["cache"]: row.get("collectives_per_step") for row in rows if row["batch"] == 1}
     result["collectives_added"] = counts["liquidfusion"] != counts["DynamicCache"]
     if dist.get_rank() == 0:
         show(result)
-        if args.out:
-            with open(args.out, "w", encoding="utf-8") as file:
-                json.dump(result, file, indent=2)
     dist.barrier()
     dist.destroy_process_group()
 
