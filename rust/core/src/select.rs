@@ -252,7 +252,7 @@ mod tests {
 
     proptest::proptest! {
         #![proptest_config(proptest::prelude::ProptestConfig {
-            cases: if cfg!(miri) { 8 } else { 256 },
+            cases: if cfg!(miri) { 4 } else { 256 },
             failure_persistence: None,
             ..Default::default()
         })]
@@ -264,7 +264,7 @@ mod tests {
                     proptest::prelude::Just(0.0f32), proptest::prelude::Just(-0.0), proptest::prelude::Just(0.25),
                     0.0f32..1.0, 0.0f32..1e-38, proptest::prelude::Just(f32::MAX),
                 ],
-                1..300,
+                1..if cfg!(miri) { 40 } else { 300 },
             ),
             part in 0.0f64..1.0,
         ) {
