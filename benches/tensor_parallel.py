@@ -30,37 +30,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 import liquidfusion as lf
+from liquidfusion.bench import speed
 from liquidfusion.install import cache_keyword
 
-LLAMA_31 = {
-    "vocab_size": 128256,
-    "head_dim": 128,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rope_parameters": {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-}
+LLAMA_31_8B = {name: value for name, value in speed.SHAPES["llama-3.1-8b"].items() if name != "model_type"}
 SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": {
-        **LLAMA_31,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-    },
-    "llama-3.1-70b": {
-        **LLAMA_31,
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-    },
+    "llama-3.1-8b": LLAMA_31_8B,
+    "llama-3.1-70b": LLAMA_31_8B
+    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
     "custom": {
         "vocab_size": 512,
         "hidden_size": 64,
