@@ -211,10 +211,22 @@ class Drive:
                 for head in range(self.kv_heads):
                     held = self.positions[layer, row, head].tolist() + extra[row, head].tolist()
                     self._fill(probabilities[row, head], looks[layer, row, head], held, new)
-            _core.accumulate(
-                probabilities, ages, list(call.lengths), mass, peak,
-                self.spec.mass_decay, self.spec.peak_decay, weights=self._norms(layer, extra), threads=self.threads,
-            )  # fmt: skip
+            norms = self._norms(layer, extra)
+
+            def add(mass: Tensor, peak: Tensor) -> None:
+                _core.accumulate(
+                    probabilities, ages, list(call.lengths), mass, peak,
+                    self.spec.mass_decay, self.spec.peak_decay, weights=norms, threads=self.threads,
+                )  # fmt: skip
+
+            if self.spec.peak_reach is None:
+                add(mass, peak)
+            else:
+                # As the cache does: every look for the mass, then those within reach for the peak.
+                add(mass, peak.clone())
+                queries, keys = torch.arange(columns)[:, None], torch.arange(columns)
+                probabilities[..., self.slots :] *= queries - keys <= self.spec.peak_reach
+                add(mass.clone(), peak)
             for row, new in enumerate(call.lengths):
                 if new == 1:
                     self.mass[layer, row] = mass[row, :, : self.slots]

@@ -41,6 +41,8 @@ class Rules:
         Looks at a token count from the query this many tokens later; at most the recent window of the whole budget.
     averaged : bool
         Mass is judged per query that could look at the token: divided by what those queries weigh.
+    peak_reach : float
+        Looks at a token by its own chunk count for its peak up to this distance.
     weighted : bool
         Looks count by the length of the token's value over the length of its key.
     window : int or None
@@ -61,6 +63,7 @@ class Rules:
     interval: int = 1
     adaptive: bool = False
     look_gap: int = 0
+    peak_reach: float = math.inf
     averaged: bool = False
     weighted: bool = False
     window: int | None = None
@@ -108,7 +111,7 @@ def _h2o(budget: int | None) -> Rules:
 def _liquid_fusion(budget: int | None) -> Rules:
     return Rules(
         budget, sink_size=4, heavy=0.75, recent=0.25, peak_ratio=0.6, gamma=gamma_of(0.3),
-        look_gap=8, averaged=True, weighted=True,
+        peak_reach=math.inf if budget is None else budget, look_gap=8, averaged=True, weighted=True,
     )  # fmt: skip
 
 
@@ -143,7 +146,10 @@ LISTENS: dict[str, frozenset[str]] = {
     "streaming": frozenset({"sink_size"}),
     "h2o": frozenset({"heavy", "recent"}),
     "liquid_fusion": frozenset(
-        {"sink_size", "adaptive", "heavy", "recent", "peak_ratio", "gamma", "look_gap", "averaged", "weighted"}
+        {
+            *("sink_size", "adaptive", "heavy", "recent", "peak_ratio"),
+            *("gamma", "look_gap", "peak_reach", "averaged", "weighted"),
+        }
     ),
     "tova": frozenset(),
     "snapkv": frozenset(),
@@ -249,7 +255,9 @@ class Twin:
                 p = sum(looks) / group
                 token = self.tokens[position]
                 token.mass += gamma**age * p
-                token.peak = max(token.peak, pi**age * p)
+                far = self.seen - 1 - age - position > self.rules.peak_reach
+                if position < self.seen - new or not far:
+                    token.peak = max(token.peak, pi**age * p)
 
     def _shrink(self) -> None:
         self.doomed = []

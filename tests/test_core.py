@@ -521,6 +521,7 @@ def test_every_strategy_describes_itself(info):
         ({"sink_size": -1}, "sink_size must be an integer from 0"),
         ({"window_size": 0}, "window_size must be an integer from 1"),
         ({"budget": 84, "eviction_interval": 11}, "eviction_interval must be at most 10 .*, got 11"),
+        ({"peak_reach": 0}, "peak_reach must be an integer from 1 to 2147483647, got 0"),
         ({"sinks": "loose"}, 'sinks must be "pinned" or "adaptive", got "loose"'),
         ({"value_weighted": 2}, "value_weighted must be True or False, got 2"),
     ],
@@ -528,6 +529,12 @@ def test_every_strategy_describes_itself(info):
 def test_bad_parameters_are_named(arguments, message):
     with pytest.raises(ConfigError, match=message):
         _core.Spec(**({"strategy": "liquid_fusion"} | arguments))
+
+
+def test_peaks_reach_as_far_as_the_budget():
+    assert _core.Spec("liquid_fusion", 84).peak_reach == 84
+    assert _core.Spec("liquid_fusion", 84, peak_reach=5).params["peak_reach"] == 5
+    assert _core.Spec("h2o", 84, peak_reach=5).peak_reach is None
 
 
 def test_budget_from_percent():

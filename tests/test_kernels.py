@@ -253,7 +253,9 @@ def naive_prefill(q, k, v, keys, values, positions, ages, mass, peak, *, first_p
     mass_decay, peak_decay = options["mass_decay"], options["peak_decay"]
     count = count[:, None, None].double()
     mass = mass * mass_decay**count + norm * (p * mass_decay**age).sum(2)
-    peak = torch.maximum(peak * peak_decay**count, norm * (p * peak_decay**age).amax(2))
+    own = torch.arange(column_ages.shape[2], device=q.device) >= keys.shape[2]
+    far = own & (distance > options["peak_reach"]) if options["peak_reach"] else torch.zeros_like(visible)
+    peak = torch.maximum(peak * peak_decay**count, norm * (p * peak_decay**age).masked_fill(far, 0.0).amax(2))
     return out, mass, peak
 
 
@@ -273,6 +275,7 @@ def prefill_case(
     padded=True,
     full=False,
     decays=(MASS_DECAY, PEAK_DECAY),
+    reach=None,
 ):
     generator = torch.Generator().manual_seed(seed)
     filled = [slots if full else int(torch.randint(0, slots + 1, (), generator=generator)) for _ in range(batch)]
@@ -292,6 +295,7 @@ def prefill_case(
         "peak_decay": decays[1],
         "value_weighted": weighted,
         "look_gap": 3 * weighted,
+        "peak_reach": reach,
         "softcap": softcap,
         "window": window,
         "first_position": torch.tensor(filled, dtype=torch.int32, device=DEVICE),
@@ -341,6 +345,22 @@ def test_prefill_plain(dtype, slots):
     check_prefill(*prefill_case(4, dtype, 4, 128, queries, slots, padded=False, full=True, weighted=True))
 
 
+@pytest.mark.parametrize("reach", [1, 20, 64, 150, 1000])
+@pytest.mark.parametrize(("slots", "padded", "window"), [(0, False, 0), (25, False, 0), (25, True, 0), (0, False, 40)])
+def test_prefill_reach(reach, slots, padded, window):
+    queries = 900 if NATIVE else 200
+    rest = {"window": window, "padded": padded, "weighted": True}
+    check_prefill(*prefill_case(8, torch.float32, 2, 64, queries, slots, reach=reach, **rest))
+
+
+@pytest.mark.parametrize("decays", [(0.95, 0.95), (0.999, 0.95), (0.95, 0.999)])
+def test_prefill_forgets_what_has_faded(decays):
+    """With 0.95 the mass no longer tells the looks of queries 540 tokens ago from none; they are not even read."""
+    queries = 2000 if NATIVE else 700
+    case = prefill_case(9, torch.float32, 2, 64, queries, 20, batch=1, padded=False, decays=decays, reach=30)
+    check_prefill(*case)
+
+
 def test_prefill_unscored():
     arguments, options = prefill_case(3, torch.float32, 2, 64, 40, 20)
     expected = naive_prefill(*arguments, **options)
@@ -361,7 +381,7 @@ def test_prefill_agrees_with_decode_token_by_token():
         1, 1, n, head_dim, torch.float32, [0], torch.Generator().manual_seed(0)
     )
     ring = torch.arange(n, dtype=torch.int32, device=DEVICE).reshape(1, 1, n)
-    del options["first_position"]
+    del options["first_position"], options["peak_reach"]
     for t in range(n):
         used = torch.tensor([t], dtype=torch.int32, device=DEVICE)
         new = (q[:, :, t], k[:, :, t], v[:, :, t])

@@ -71,8 +71,13 @@ def test_twin_and_product_agree_with_it(shared: ModuleType, strategy: str, inter
     """All three on the same probabilities, chunks and decode steps mixed: positions and scores after every call."""
     budget = 40
     # Rules younger than the specification, which it does not know, are off.
-    spec = _core.Spec(strategy, budget, eviction_interval=interval, look_gap=0, averaged=False, value_weighted=False)
-    rules = replace(STRATEGIES[strategy](budget), interval=interval, look_gap=0, averaged=False, weighted=False)
+    spec = _core.Spec(
+        strategy, budget, eviction_interval=interval,
+        look_gap=0, peak_reach=2**31 - 1, averaged=False, value_weighted=False,
+    )  # fmt: skip
+    rules = replace(
+        STRATEGIES[strategy](budget), interval=interval, look_gap=0, peak_reach=math.inf, averaged=False, weighted=False
+    )
     head = shared.Head(of_rules(shared, rules, scored=rules.heavy > 0))
     one = Drive(spec, rules, layers=1, batch=1, kv_heads=1, group=1, seed=0)
     asked = attention(11)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -28,6 +29,7 @@ def drive(
     sink_size: int | None = None,
     ratios: tuple[float, float, float] | None = None,
     looks: tuple[int, bool, bool] | None = None,
+    reach: int | None = None,
     **shape: Any,
 ) -> Drive:
     """Ledger and twins with the same parameters; the product gets them all, the twin's rules say which ones count."""
@@ -41,6 +43,8 @@ def drive(
     if looks is not None:
         given |= dict(zip(("look_gap", "averaged", "weighted"), looks, strict=True))
         options |= dict(zip(("look_gap", "averaged", "value_weighted"), looks, strict=True))
+    if reach is not None:
+        given["peak_reach"] = options["peak_reach"] = reach
     spec = _core.Spec(strategy, budget, eviction_interval=interval, **options)
     return Drive(spec, rules(strategy, budget, interval=interval, **given), **shape)
 
@@ -73,6 +77,7 @@ def test_defaults_are_the_twins(strategy: str) -> None:
     if not spec.bounded:
         return
     assert (spec.look_gap, spec.averaged, spec.value_weighted) == (own.gap, own.averaged, own.weighted)
+    assert (math.inf if spec.peak_reach is None else spec.peak_reach) == own.peak_reach
     assert spec.interval == max(1, min(budget // 32, (budget - own.sink_size) // 8))
     for keep in range(own.sink_size + 1, budget + 1):
         assert tuple(spec.split(keep)) == own.parts(keep)
@@ -147,6 +152,7 @@ def test_drawn_shapes_and_budgets(strategy: str, data: st.DataObject) -> None:
         sink_size=sink_size,
         ratios=data.draw(st.sampled_from([None, (0.2, 0.3, 0.5), (1.0, 0.2, 1.0), (0.5, 1.0, 0.0)]), "ratios"),
         looks=data.draw(st.sampled_from([None, (0, False, False), (1, True, False), (30, True, True)]), "looks"),
+        reach=data.draw(st.sampled_from([None, 1, 12]), "reach"),
         layers=data.draw(st.integers(1, 2), "layers"),
         batch=batch,
         kv_heads=1 if batch == 3 else data.draw(st.integers(1, 2), "kv_heads"),

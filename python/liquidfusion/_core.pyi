@@ -66,6 +66,7 @@ class Spec:
         sinks: Literal["pinned", "adaptive"] | None = None,
         value_weighted: bool | None = None,
         look_gap: SupportsIndex | None = None,
+        peak_reach: SupportsIndex | None = None,
         averaged: bool | None = None,
     ) -> Spec: ...
     @property
@@ -86,6 +87,8 @@ class Spec:
     def value_weighted(self) -> bool: ...
     @property
     def look_gap(self) -> int: ...
+    @property
+    def peak_reach(self) -> int | None: ...
     @property
     def averaged(self) -> bool: ...
     @property

@@ -50,9 +50,10 @@ class KVCache(Cache):
     sink_size, sink_update_rate, heavy_ratio, recent_ratio, peak_ratio, eviction_interval, sinks
         Parameters of the strategy; None is the strategy's own default. One that the strategy does not use is checked,
         ignored and None in `spec.params`.
-    value_weighted, look_gap, averaged
+    value_weighted, look_gap, peak_reach, averaged
         What liquid_fusion's scores count, likewise: looks times the length of the token's value over its key's, only
-        looks from `look_gap` tokens away or more, and mass per query that could look.
+        looks from `look_gap` tokens away or more, for the peak within one chunk only those from up to `peak_reach`
+        tokens away (default: the budget), and mass per query that could look.
     positions : str
         What rotary positions are. `absolute`: the token's index in its sequence, as without a KVCache. `cache`: its
         rank among the kept tokens (StreamingLLM), so that a text may go on far past the positions that the model knows.
@@ -106,6 +107,7 @@ class KVCache(Cache):
         sinks: str | None = None,
         value_weighted: bool | None = None,
         look_gap: int | None = None,
+        peak_reach: int | None = None,
         averaged: bool | None = None,
         positions: str = "absolute",
         threads: int | None = None,
@@ -129,6 +131,7 @@ class KVCache(Cache):
             sinks=sinks,
             value_weighted=value_weighted,
             look_gap=look_gap,
+            peak_reach=peak_reach,
             averaged=averaged,
         )
         if positions not in POSITIONS:
@@ -810,7 +813,8 @@ class Call:
         mask = None if dense else attention.visible(newest, layer.positions, window)
         observe = None
         if layer.mass is not None and layer.peak is not None:
-            observe = self._observer(ages, newest, layer.positions, layer.keys, layer.values, layer.mass, layer.peak)
+            weights = self._weights(layer.keys, layer.values)
+            observe = self._observer(ages, newest, layer.positions, weights, layer.mass, layer.peak)
         query, keys = self._rotated(number, query, newest, layer.keys, layer.positions)
         return attention.attend(query, keys, layer.values, mask, scale, softcap, observe)
 
@@ -846,14 +850,16 @@ class Call:
             all_keys, all_values = torch.cat((layer.keys, key), 2), torch.cat((layer.values, value), 2)
             all_positions = torch.cat((layer.positions, new_positions), 2)
         query, all_keys = self._rotated(number, query, query_positions, all_keys, all_positions)
-        mass = peak = None
+        mass = peak = weights = None
         if layer.mass is not None and layer.peak is not None:
+            weights = self._weights(all_keys, all_values)
             mass, peak = layer.mass.new_zeros((2, *key.shape[:2], self.columns)).unbind()
             if stored:
                 mass, peak = torch.cat((layer.mass, mass), 2), torch.cat((layer.peak, peak), 2)
 
         output = torch.empty_like(query)
-        for block in attention.blocks(self.batch * query.shape[1], self.columns, stored + self.columns):
+        rows = self.batch * query.shape[1]
+        for block in attention.blocks(rows, self.columns, stored + self.columns, key.device):
             end = stored + block.stop  # no query of this block sees a later column
             mask = attention.visible(query_positions[:, block], all_positions[..., :end], window)
             observe = None
@@ -862,8 +868,7 @@ class Call:
                     ages[:, block].contiguous(),
                     query_positions[:, block],
                     all_positions[..., :end],
-                    all_keys[:, :, :end],
-                    all_values[:, :, :end],
+                    None if weights is None else weights[..., :end].contiguous(),
                     mass,
                     peak,
                     first=block.start == 0,
@@ -907,6 +912,7 @@ class Call:
             softcap=softcap,
             window=window,
             look_gap=store.spec.look_gap,
+            peak_reach=store.spec.peak_reach,
             first_position=first_position,
             padded=self.ranks is not None,
             full=min(self.seen) >= store.slots,
@@ -992,36 +998,46 @@ class Call:
         ranks = self._ranks()
         return (torch.tensor(self.lengths, dtype=torch.int32)[:, None] - 1 - ranks).masked_fill(ranks < 0, -1)
 
+    def _weights(self, keys: Tensor, values: Tensor) -> Tensor | None:
+        return attention.look_weights(keys, values) if self.cache.spec.value_weighted else None
+
     def _observer(
         self,
         ages: Tensor,
         query_positions: Tensor,
         key_positions: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        weights: Tensor | None,
         mass: Tensor,
         peak: Tensor,
         first: bool = True,
     ) -> Callable[[Tensor], None]:
         """Add a block's probabilities to mass and peak `[batch, kv_heads, columns]`; the first block lets them fade."""
         spec = self.cache.spec
-        weights = attention.look_weights(keys, values) if spec.value_weighted else None
         elapsed = self.lengths if first else [0] * self.batch
 
         def observe(probabilities: Tensor) -> None:
+            def add(mass: Tensor, peak: Tensor) -> None:
+                attention.accumulate(
+                    probabilities,
+                    ages,
+                    elapsed,
+                    mass,
+                    peak,
+                    spec.mass_decay,
+                    spec.peak_decay,
+                    weights=weights,
+                    threads=self.cache._threads,
+                )
+
+            distance = query_positions[:, None, :, None] - key_positions[:, :, None, :]
             if spec.look_gap:
-                distance = query_positions[:, None, :, None] - key_positions[:, :, None, :]
                 probabilities.masked_fill_((distance < spec.look_gap)[:, :, None], 0.0)
-            attention.accumulate(
-                probabilities,
-                ages,
-                elapsed,
-                mass,
-                peak,
-                spec.mass_decay,
-                spec.peak_decay,
-                weights=weights,
-                threads=self.cache._threads,
-            )
+            if spec.peak_reach is None or max(self.lengths) <= spec.peak_reach:
+                add(mass, peak)
+                return
+            own = key_positions >= torch.tensor(self.seen, device=key_positions.device)[:, None, None]
+            add(mass, peak.clone())
+            probabilities.masked_fill_(((distance > spec.peak_reach) & own[:, :, None])[:, :, None], 0.0)
+            add(mass.clone(), peak)
 
         return observe

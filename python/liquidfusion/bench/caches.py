@@ -38,7 +38,7 @@ class CacheOptions:
         Tokens kept for each layer, row and kv head; excludes `cache_size`.
     window_size, sink_size, sink_update_rate, heavy_ratio, recent_ratio, peak_ratio, eviction_interval, sinks
         As :class:`liquidfusion.KVCache` takes them.
-    value_weighted, look_gap, averaged, positions, threads, graph, compile, overlap
+    value_weighted, look_gap, peak_reach, averaged, positions, threads, graph, compile, overlap
         Likewise.
     """
 
@@ -55,6 +55,7 @@ class CacheOptions:
     sinks: str | None = None
     value_weighted: bool | None = None
     look_gap: int | None = None
+    peak_reach: int | None = None
     averaged: bool | None = None
     positions: str | None = None
     threads: int | None = None

@@ -72,6 +72,7 @@ CACHE_OPTIONS = (
     _option("eviction_interval", int, "Tokens between two decisions.", "budget / 32"),
     _option("sinks", str, "pinned or adaptive.", "pinned"),
     _option("look_gap", int, "Count looks from this many tokens away on.", "8"),
+    _option("peak_reach", int, "In a chunk, count peaks up to this many tokens away.", "budget"),
     _switch("value_weighted", "Count a look by the length of the value over the key's.", "on"),
     _switch("averaged", "Judge gathered attention per query that could look.", "on"),
     _option("positions", str, "absolute, cache (rank among the kept tokens) or auto.", "absolute", panel=HOW),

@@ -297,6 +297,7 @@ def _score_tiles(
     softcap,
     window,
     gap,
+    reach,
     GROUP: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -307,10 +308,14 @@ def _score_tiles(
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
     FOLDED: tl.constexpr,
+    PEAKS: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Add query tiles high-1 down to low to a column block's sums and maxima.
+
+    PEAKS says which looks count for the maxima: "all", "near" (up to `reach` tokens away, with CAUSAL or GENERAL) or
+    "none".
 
     Downwards, so that programs that run together start at the same queries and share them in the L2 cache.
     """
@@ -324,17 +329,20 @@ def _score_tiles(
             p = tl.where((shifts < float("inf"))[None, :], p, 0.0)  # a padding query may hold NaN
         p = tl.sum(tl.reshape(p, [BLOCK_K, BLOCK_G, BLOCK_Q]), 1)
         i = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-        if GENERAL:
-            query_ages = tl.load(ages + i, mask=i < queries, other=-1)
+        if GENERAL or CAUSAL:
+            query_ages = queries - 1 - i
+            if GENERAL:
+                query_ages = tl.load(ages + i, mask=i < queries, other=-1)
             distance = column_ages[:, None] - query_ages[None, :]
             visible = distance >= gap
             if WINDOWED:
                 visible = visible & (distance < window)
             p = tl.where(visible, p, 0.0)
-        elif CAUSAL:
-            p = tl.where(column_ages[:, None] - (queries - 1 - i)[None, :] >= gap, p, 0.0)
         if FOLDED == "both":
-            peak = tl.maximum(peak, tl.max(p, 1))
+            if PEAKS == "all":
+                peak = tl.maximum(peak, tl.max(p, 1))
+            elif PEAKS == "near":
+                peak = tl.maximum(peak, tl.max(tl.where(distance <= reach, p, 0.0), 1))
             mass += tl.sum(p, 1)
         else:
             # The other decay: read where padding makes the ages uneven, else a vector in registers times one power
@@ -346,10 +354,16 @@ def _score_tiles(
                 other = p * tl.exp2((BLOCK_Q - 1 - tl.arange(0, BLOCK_Q)) * log_ratio)[None, :]
                 power = tl.exp2((queries - (tile + 1) * BLOCK_Q) * log_ratio)
             if FOLDED == "peak":
-                peak = tl.maximum(peak, tl.max(p, 1))
+                if PEAKS == "all":
+                    peak = tl.maximum(peak, tl.max(p, 1))
+                elif PEAKS == "near":
+                    peak = tl.maximum(peak, tl.max(tl.where(distance <= reach, p, 0.0), 1))
                 mass += tl.sum(other, 1) * power
             else:
-                peak = tl.maximum(peak, tl.max(other, 1) * power)
+                if PEAKS == "all":
+                    peak = tl.maximum(peak, tl.max(other, 1) * power)
+                elif PEAKS == "near":
+                    peak = tl.maximum(peak, tl.max(tl.where(distance <= reach, other, 0.0), 1) * power)
                 mass += tl.sum(p, 1)
     return mass, peak
 
@@ -396,6 +410,8 @@ def _score(
     softcap,
     window,
     gap,
+    reach,
+    horizon,
     log_mass_decay,
     log_peak_decay,
     GROUP: tl.constexpr,
@@ -409,6 +425,7 @@ def _score(
     CAPPED: tl.constexpr,
     WEIGHTED: tl.constexpr,
     FOLDED: tl.constexpr,
+    LIMITED: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -427,7 +444,10 @@ def _score(
 
     low = 0
     high = tiles
+    first = (block - stored_blocks) * BLOCK_K
+    limit = reach
     if block < stored_blocks:
+        limit = 0x7FFFFFFF  # a stored token has earned its place: looks at it count from anywhere
         columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
         there = columns < slots
         position = tl.load(positions + wide_row * positions_row + head * positions_head + columns, mask=there, other=-1)
@@ -437,7 +457,7 @@ def _score(
         # Every query of the chunk sees every stored token; looks of the first ones may come from too near.
         diagonal = tl.minimum(tl.cdiv(gap, BLOCK_Q), tiles)
     else:
-        columns = (block - stored_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
+        columns = first + tl.arange(0, BLOCK_K)
         there = columns < queries
         if PADDED:
             column_ages = tl.load(ages + columns, mask=there, other=-1)
@@ -445,10 +465,10 @@ def _score(
             column_ages = tl.where(there, queries - 1 - columns, -1)
         base = k + wide_row * k_row + head * k_head
         base += columns[:, None].to(tl.int64) * k_column
-        low = (block - stored_blocks) * BLOCK_K // BLOCK_Q
+        low = first // BLOCK_Q
         diagonal = tl.minimum(low + tl.cdiv(BLOCK_K + gap, BLOCK_Q), tiles)
         if WINDOWED and not PADDED:
-            high = tl.minimum(tiles, ((block - stored_blocks + 1) * BLOCK_K + window) // BLOCK_Q + 1)
+            high = tl.minimum(tiles, (first + BLOCK_K + window) // BLOCK_Q + 1)
     k_tile = tl.load(base + d[None, :], mask=there[:, None] & in_dim, other=0.0)
     # Now, or the keys would stay in registers all through the loop.
     wide = k_tile.to(tl.float32)
@@ -461,6 +481,85 @@ def _score(
     log_ratio = -tl.abs(log_mass_decay - log_peak_decay)
     GENERAL: tl.constexpr = PADDED or WINDOWED
     if not GENERAL:
+        inner = high
+        if LIMITED:
+            # Tiles of which some queries, and of which all, are out of reach of a column of the block.
+            outer = high
+            late = high
+            if block >= stored_blocks:
+                inner = tl.minimum(tl.maximum((first + reach + 1) // BLOCK_Q, diagonal), tiles)
+                outer = tl.minimum(tl.maximum(tl.cdiv(first + BLOCK_K + reach, BLOCK_Q), diagonal), tiles)
+                late = tl.maximum(outer, (queries - horizon) // BLOCK_Q)
+            sums, maxima = _score_tiles(
+                q,
+                k_tile,
+                shift,
+                ratios,
+                shift_start,
+                log_ratio,
+                ages,
+                column_ages,
+                sums,
+                maxima,
+                row,
+                head,
+                late,
+                high,
+                queries,
+                scale,
+                softcap,
+                window,
+                gap,
+                limit,
+                GROUP,
+                BLOCK_G,
+                BLOCK_D,
+                BLOCK_Q,
+                BLOCK_K,
+                False,
+                False,
+                False,
+                CAPPED,
+                FOLDED,
+                "none",
+                PRECISION,
+                STAGES,
+            )
+            sums, maxima = _score_tiles(
+                q,
+                k_tile,
+                shift,
+                ratios,
+                shift_start,
+                log_ratio,
+                ages,
+                column_ages,
+                sums,
+                maxima,
+                row,
+                head,
+                inner,
+                outer,
+                queries,
+                scale,
+                softcap,
+                window,
+                gap,
+                limit,
+                GROUP,
+                BLOCK_G,
+                BLOCK_D,
+                BLOCK_Q,
+                BLOCK_K,
+                True,
+                False,
+                False,
+                CAPPED,
+                FOLDED,
+                "near",
+                PRECISION,
+                1,
+            )
         sums, maxima = _score_tiles(
             q,
             k_tile,
@@ -475,12 +574,13 @@ def _score(
             row,
             head,
             diagonal,
-            high,
+            inner,
             queries,
             scale,
             softcap,
             window,
             gap,
+            limit,
             GROUP,
             BLOCK_G,
             BLOCK_D,
@@ -491,6 +591,7 @@ def _score(
             False,
             CAPPED,
             FOLDED,
+            "all",
             PRECISION,
             STAGES,
         )
@@ -515,6 +616,7 @@ def _score(
         softcap,
         window,
         gap,
+        limit,
         GROUP,
         BLOCK_G,
         BLOCK_D,
@@ -525,6 +627,7 @@ def _score(
         WINDOWED,
         CAPPED,
         FOLDED,
+        "near" if LIMITED else "all",
         PRECISION,
         1,
     )
@@ -668,6 +771,11 @@ def _log2(decay: float) -> float:
     return math.log2(decay) if decay > 0 else -1e4
 
 
+def _horizon(decay: float, queries: int) -> int:
+    """Count the newest queries whose looks the mass can tell from none: others have faded to 2^-40 of their weight."""
+    return queries if decay >= 1 else min(queries, math.ceil(-40 / _log2(decay)))
+
+
 def _described(q: Tensor) -> Tensor:
     """Give a view or copy of q that a tensor descriptor accepts: last axis contiguous, rows and base on 16 bytes."""
     size = q.element_size()
@@ -707,6 +815,7 @@ def _scores(
     softcap: float,
     window: int,
     look_gap: int,
+    peak_reach: int | None,
     padded: bool,
 ) -> tuple[Tensor, Tensor]:
     """Mass and peak of the stored slots and the chunk's columns, [batch, kv_heads, slots + queries] each."""
@@ -770,6 +879,8 @@ def _scores(
         softcap,
         window,
         look_gap,
+        peak_reach or 0,
+        _horizon(mass_decay, queries),
         _log2(mass_decay),
         _log2(peak_decay),
         GROUP=group,
@@ -783,6 +894,7 @@ def _scores(
         CAPPED=softcap > 0,
         WEIGHTED=value_weighted,
         FOLDED="both" if slow == fast else "peak" if peak_decay == slow else "mass",
+        LIMITED=peak_reach is not None and peak_reach < queries - 1,
         PRECISION=precision(q.dtype, q.device),
         STAGES=stages,
         num_warps=warps,
@@ -810,6 +922,7 @@ def _run(
     softcap: float,
     window: int,
     look_gap: int,
+    peak_reach: int | None,
     padded: bool,
     full: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -841,6 +954,7 @@ def _run(
         softcap,
         window,
         look_gap,
+        peak_reach,
         padded,
     )
     return out, new_mass, new_peak
@@ -875,6 +989,7 @@ def prefill(
     softcap: float = 0.0,
     window: int = 0,
     look_gap: int = 0,
+    peak_reach: int | None = None,
     first_position: int | Tensor = 0,
     padded: bool | None = None,
     full: bool | None = None,
@@ -909,6 +1024,8 @@ def prefill(
         Only keys at a distance below it are attended; 0 = off.
     look_gap : int
         The ledger counts a look only at a distance of at least this many tokens.
+    peak_reach : int or None
+        A look at a token of the chunk counts for its peak only at a distance of at most this many tokens; None: at any.
     first_position : int or Tensor
         Position of the first real token of the chunk, for all rows or int32 ``[batch]`` on the device.
     padded, full : bool or None
@@ -950,6 +1067,7 @@ def prefill(
         softcap,
         window,
         look_gap,
+        peak_reach,
         padded,
         full,
     )

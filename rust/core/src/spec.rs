@@ -31,6 +31,8 @@ pub struct Request {
     pub value_weighted: Option<bool>,
     /// Tokens after a token before its looks count.
     pub look_gap: Option<i64>,
+    /// How far a token's chunk may look at it for its peak.
+    pub peak_reach: Option<i64>,
     /// Whether mass is judged per query that could look.
     pub averaged: Option<bool>,
 }
@@ -75,6 +77,7 @@ impl Spec {
         let sink_size = asked("sink_size", request.sink_size, 0)?;
         let interval = asked("eviction_interval", request.eviction_interval, 1)?;
         let look_gap = asked("look_gap", request.look_gap, 0)?;
+        let peak_reach = asked("peak_reach", request.peak_reach, 1)?;
         ratio("sink_update_rate", request.sink_update_rate, true)?;
         ratio("heavy_ratio", request.heavy_ratio, true)?;
         ratio("recent_ratio", request.recent_ratio, false)?;
@@ -91,6 +94,7 @@ impl Spec {
             sinks: own.sinks.map(|v| request.sinks.unwrap_or(v)),
             value_weighted: own.value_weighted.map(|v| request.value_weighted.unwrap_or(v)),
             look_gap: own.look_gap.map(|v| look_gap.unwrap_or(v)),
+            peak_reach: None,
             averaged: own.averaged.map(|v| request.averaged.unwrap_or(v)),
         };
         if !strategy.bounded() {
@@ -132,6 +136,7 @@ impl Spec {
         // Looks that are left out must fall on tokens that the recent window protects anyway.
         let recent = strategy.split(size, &parameters).recent;
         parameters.look_gap = parameters.look_gap.map(|gap| gap.min(recent));
+        parameters.peak_reach = parameters.peak_ratio.map(|_| peak_reach.unwrap_or(size));
         Ok(Self { strategy, budget: Some(size), interval, parameters })
     }
 
@@ -181,6 +186,15 @@ impl Spec {
     #[must_use]
     pub fn look_gap(&self) -> usize {
         self.parameters.look_gap.unwrap_or(0)
+    }
+
+    /// A look at a token of its own chunk counts for the peak up to this many tokens away.
+    ///
+    /// In a chunk longer than the budget every token is still there to be looked at from afar, late, by a phrase that repeats; such
+    /// fresh peaks would drive out those of tokens that matter. Fed in shorter chunks, most of these tokens would have been gone.
+    #[must_use]
+    pub fn peak_reach(&self) -> Option<usize> {
+        self.parameters.peak_reach
     }
 
     /// Whether mass is judged per query that could look at the token.

@@ -25,6 +25,7 @@ fn parameters<'py>(py: Python<'py>, p: &Parameters) -> PyResult<Bound<'py, PyDic
     dict.set_item("sinks", p.sinks.map(Sinks::name))?;
     dict.set_item("value_weighted", p.value_weighted)?;
     dict.set_item("look_gap", p.look_gap)?;
+    dict.set_item("peak_reach", p.peak_reach)?;
     dict.set_item("averaged", p.averaged)?;
     Ok(dict)
 }
@@ -42,7 +43,8 @@ impl PySpec {
 impl PySpec {
     #[new]
     #[pyo3(signature = (strategy, budget=None, *, window_size=None, sink_size=None, sink_update_rate=None, heavy_ratio=None,
-        recent_ratio=None, peak_ratio=None, eviction_interval=None, sinks=None, value_weighted=None, look_gap=None, averaged=None))]
+        recent_ratio=None, peak_ratio=None, eviction_interval=None, sinks=None, value_weighted=None, look_gap=None, peak_reach=None,
+        averaged=None))]
     #[expect(clippy::too_many_arguments, reason = "Python keyword arguments")]
     fn new(
         strategy: &Bound<'_, PyAny>,
@@ -57,6 +59,7 @@ impl PySpec {
         sinks: Option<&Bound<'_, PyAny>>,
         value_weighted: Option<&Bound<'_, PyAny>>,
         look_gap: Option<&Bound<'_, PyAny>>,
+        peak_reach: Option<&Bound<'_, PyAny>>,
         averaged: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let py = strategy.py();
@@ -73,6 +76,7 @@ impl PySpec {
             sinks,
             value_weighted: optional_bool("value_weighted", value_weighted)?,
             look_gap: optional_int("look_gap", look_gap)?,
+            peak_reach: optional_int("peak_reach", peak_reach)?,
             averaged: optional_bool("averaged", averaged)?,
         };
         let spec = Spec::new(&text("strategy", strategy)?, &request);
@@ -131,6 +135,12 @@ impl PySpec {
     #[getter]
     fn look_gap(&self) -> usize {
         self.0.look_gap()
+    }
+
+    /// A look at a token of its own chunk counts for the peak up to this many tokens away; None: from anywhere.
+    #[getter]
+    fn peak_reach(&self) -> Option<usize> {
+        self.0.peak_reach()
     }
 
     /// Whether mass is judged per query that could look at the token.
@@ -197,9 +207,12 @@ pub(crate) fn strategies(py: Python<'_>) -> PyResult<Bound<'_, PyList>> {
                 defaults.set_item(name, value)?;
             }
         }
+        // These follow from the budget.
         if strategy.bounded() {
-            // Follows from the budget.
             defaults.set_item("eviction_interval", py.None())?;
+        }
+        if strategy.defaults().peak_ratio.is_some() {
+            defaults.set_item("peak_reach", py.None())?;
         }
         let info = PyDict::new(py);
         info.set_item("name", strategy.name())?;

@@ -29,6 +29,8 @@ impl Strategy for LiquidFusion {
             sinks: Some(Sinks::Pinned),
             value_weighted: Some(true),
             look_gap: Some(8),
+            // The budget.
+            peak_reach: None,
             averaged: Some(true),
         }
     }

@@ -46,6 +46,8 @@ pub struct Parameters {
     pub value_weighted: Option<bool>,
     /// Distance from which a look at a token counts.
     pub look_gap: Option<usize>,
+    /// Distance up to which a look within a chunk counts for the peak.
+    pub peak_reach: Option<usize>,
     /// Whether mass is judged per query that could look at the token.
     pub averaged: Option<bool>,
 }
