@@ -71,6 +71,18 @@ def test_result_file(strategy: str, tmp_path: Path) -> None:
         assert metrics["evictions"]["value"] > 0
 
 
+def test_articles_of_a_file_are_summarised(tmp_path: Path) -> None:
+    news = tmp_path / "news.jsonl"
+    news.write_text(json.dumps({"article": "Once upon a time.", "summary_gt": "Once."}), encoding="utf8")
+    arguments = ("--task", "summarize", "--prompt-file", str(news), "-c", "20", "--max-tokens", "3", "--quiet")
+    assert run(*arguments, out=tmp_path / "run") == 0
+    assert only(tmp_path / "run")["metadata"]["task_options"]["data"] == str(news)
+    swept = ["--models", str(directory()), "--device", "cpu", "--tasks", "summarize", "-s", "full,h2o", *arguments[2:]]
+    assert main(["sweep", *swept, "--output-dir", str(tmp_path / "sweep")]) == 0
+    found = [json.loads(path.read_text(encoding="utf8")) for path in (tmp_path / "sweep").rglob("*.json")]
+    assert {document["metadata"]["strategy"] for document in found} == {"full", "h2o"}
+
+
 @pytest.mark.parametrize("strategy", ["full", "liquid_fusion"])
 def test_default_prompt(strategy: str, tmp_path: Path) -> None:
     assert run("-s", strategy, "-c", "10", "--max-tokens", "3", "--quiet", out=tmp_path) == 0
