@@ -31,6 +31,7 @@ from liquidfusion.bench import decoding, machine, models
 from liquidfusion.bench.caches import CacheOptions, FrameworkCache
 from liquidfusion.bench.stats import bootstrap
 from liquidfusion.bench.texts import read_text
+from liquidfusion.exceptions import LiquidFusionError
 
 TRANSFORMERS = "transformers"
 BLOCK = 64
@@ -50,9 +51,7 @@ def options(name: str, args: argparse.Namespace) -> CacheOptions | FrameworkCach
     if name == TRANSFORMERS:
         return FrameworkCache()
     strategy, _, positions = name.partition(":")
-    made = CacheOptions(strategy=strategy, budget=args.budget, positions=positions or "cache", threads=args.threads)
-    made.spec()
-    return made
+    return CacheOptions(strategy=strategy, budget=args.budget, positions=positions or "cache", threads=args.threads)
 
 
 def losses(
@@ -164,6 +163,12 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--starts {start}: texts of {args.length} may not overlap, and {args.lead} tokens lead to each")
     if args.length < BLOCK:
         parser.error(f"--length {args.length}: at least {BLOCK} is accepted")
+    try:
+        for made in (options(name, args) for name in args.caches):
+            if isinstance(made, CacheOptions):
+                made.spec()
+    except LiquidFusionError as error:
+        parser.error(str(error))
     if args.lead % args.chunk or any(start % args.chunk for start in args.starts):
         parser.error(f"--chunk {args.chunk}: --lead and --starts are multiples of it, so that calls begin alike")
     return args
@@ -172,11 +177,16 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 def main(given: Sequence[str] | None = None) -> dict[str, Any]:
     args = arguments(given)
     torch.set_num_threads(args.threads)
-    loaded = models.load(args.model, device=args.device, dtype=args.dtype)
-    ids = decoding.encode(loaded.tokenizer, read_text(args.text))
-    needed = args.starts[-1] + args.length
-    if len(ids) < needed:
-        raise SystemExit(f"{args.text} has {len(ids)} tokens; {needed} are needed for the text at {args.starts[-1]}")
+    try:
+        loaded = models.load(args.model, device=args.device, dtype=args.dtype)
+        ids = decoding.encode(loaded.tokenizer, read_text(args.text))
+    except LiquidFusionError as error:
+        raise SystemExit(f"error: {error}") from error
+    last = args.starts[-1]
+    if len(ids) < last + args.length:
+        raise SystemExit(
+            f"error: {args.text} has {len(ids)} tokens, {last + args.length} are needed for the text at {last}"
+        )
     return measure(loaded, ids, args)
 
 
