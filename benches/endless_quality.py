@@ -2,10 +2,10 @@
 
 python benches/endless_quality.py --text wikitext-2-test.txt --out result.json
 
-One stream of a real model with cache-relative positions runs to the end of the last text; each text is scored there, and
-again in a fresh stream that begins `--lead` tokens before it, with the same cache and the same calls. What must hold:
-both perplexities are within 5 % of each other. transformers' full cache and `local` read the first texts only, since
-the full cache's time grows with the square of the depth. Texts are positions in tokens of the one file, never repeated.
+One stream of a real model with cache-relative positions runs to the end of the last text; each text is scored there,
+and again in a fresh stream that begins `--lead` tokens before it, with the same cache and the same calls. What must
+hold: both perplexities are within 5 % of each other. transformers' full cache and `local` read the first texts only,
+since the full cache's time grows with the square of the depth. Texts are stretches of the one file, never repeated.
 
 The same run times the calls (processor time: others' work on the machine does not count) and watches the resident
 memory: the last tenth against the second, within 5 % and 1 %.
@@ -22,11 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import endless
 import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
-import endless
 from liquidfusion.bench import decoding, machine, models
 from liquidfusion.bench.caches import CacheOptions, FrameworkCache
 from liquidfusion.bench.stats import bootstrap
@@ -55,7 +55,12 @@ def options(name: str, args: argparse.Namespace) -> CacheOptions | FrameworkCach
 
 
 def losses(
-    loaded: models.Loaded, cache: Cache, ids: Sequence[int], starts: Sequence[int], args: argparse.Namespace, calls: Calls
+    loaded: models.Loaded,
+    cache: Cache,
+    ids: Sequence[int],
+    starts: Sequence[int],
+    args: argparse.Namespace,
+    calls: Calls,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Stream `ids` through a cache and yield every text's start with the losses of its tokens, as it has passed."""
     stream, kept, done = decoding.Stream(loaded.model, cache), [np.zeros(0, np.float32)], 0
@@ -134,7 +139,7 @@ def save(path: Path | None, result: dict[str, Any]) -> None:
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True, help="a UTF-8 file that reaches to the end of the last text")
+    parser.add_argument("--text", type=Path, required=True, help="a UTF-8 file, longer than the last text's end")
     parser.add_argument("--model", default=models.EMBEDDED)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
@@ -160,7 +165,9 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     args.starts.sort()
     for before, start in zip([0, *(s + args.length for s in args.starts)], args.starts, strict=False):
         if start < max(before, args.lead):
-            parser.error(f"--starts {start}: texts of {args.length} may not overlap, and {args.lead} tokens lead to each")
+            parser.error(
+                f"--starts {start}: texts of {args.length} may not overlap, {args.lead} tokens come before each"
+            )
     if args.length < BLOCK:
         parser.error(f"--length {args.length}: at least {BLOCK} is accepted")
     try:

@@ -38,11 +38,10 @@ def follow(loaded: models.Loaded, options: CacheOptions, segment: Sequence[int],
     ids = torch.tensor([segment], device=loaded.model.device)
     stream = decoding.Stream(loaded.model, options.make(loaded.model, args.prompt))
     logits = stream.feed_chunks(ids[:, : args.prompt], chunk=size or None)
-    losses = [torch.nn.functional.cross_entropy(logits[:, -1].float(), ids[:, args.prompt], reduction="none")]
-    for at in range(args.prompt, ids.shape[1], args.chunk):
-        losses.append(stream.score(ids[:, at : at + args.chunk])[0])
-    # A stream that was fed and not scored does not predict the first token of what follows: the line above did.
-    return torch.cat(losses).cpu().numpy().reshape(-1, BLOCK).mean(1)
+    # A stream that was fed and not scored does not predict the first token of what comes next.
+    first = torch.nn.functional.cross_entropy(logits[:, -1].float(), ids[:, args.prompt], reduction="none")
+    rest = [stream.score(ids[:, at : at + args.chunk])[0] for at in range(args.prompt, ids.shape[1], args.chunk)]
+    return torch.cat([first, *rest]).cpu().numpy().reshape(-1, BLOCK).mean(1)
 
 
 def summary(found: dict[str, list[np.ndarray]]) -> dict[str, dict[str, float]]:

@@ -43,7 +43,7 @@ class Int8Linear(nn.Module):
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, (self.weight * self.scales).to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(x, (self.weight * self.scales).to(x.dtype), self.bias)
 
 
 class PackedLinear(nn.Module):
@@ -231,7 +231,8 @@ def test_gguf(tmp_path: Path) -> None:
     original = transformers.LlamaForCausalLM(config).eval()
     for weight in original.parameters():
         if weight.dim() == 2:
-            weight.data = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(weight.data.numpy(), Q8_0), Q8_0))
+            blocks = gguf.quants.quantize(weight.data.numpy(), Q8_0)
+            weight.data = torch.from_numpy(gguf.quants.dequantize(blocks, Q8_0))
     path = gguf_file(original, tmp_path / "tiny.gguf")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).eval()
     for each in (original, model):

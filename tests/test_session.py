@@ -255,9 +255,9 @@ def test_keys_of_another_dtype_than_the_model_makes(saved: Path, tmp_path: Path)
     model = build("llama")
     kv = lf.KVCache.load(rewritten(saved, tmp_path / "double", double), model)
     call = {"input_ids": torch.tensor([[5], [6]]), cache_keyword(model): kv}
-    with pytest.raises(lf.CacheError, match=r"layer 1 makes torch.float32 keys, the cache holds torch.float64"):
+    with pytest.raises(lf.CacheError, match=r"layer 1 makes torch\.float32 keys, the cache holds torch\.float64"):
         model(**call)
     kv = lf.KVCache.load(saved, model)
     model.double()
-    with pytest.raises(lf.CacheError, match="layer 0 makes torch.float64 keys"):
+    with pytest.raises(lf.CacheError, match=r"layer 0 makes torch\.float64 keys"):
         model(**call | {cache_keyword(model): kv})

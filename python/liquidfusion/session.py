@@ -128,9 +128,7 @@ def scatter(state: State, stores: list[Store], places: list[tuple[int, int]], de
         raise CacheError(f"tensors {sorted(tensors)} do not belong to a session of this model and strategy")
 
 
-def _take(
-    tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None
-) -> Tensor:
+def _take(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
     """Remove a tensor of a shape and dtype; None: of any floating-point one."""
     tensor = tensors.pop(name, None)
     if tensor is None:
