@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,21 @@ def stream(args: argparse.Namespace) -> dict[str, Any]:
             if (call + 1) % max(1, calls // 20) == 0:
                 took, held = 1000 * seconds[-1], memory[-1] / 2**20
                 print(f"{cache.get_seq_length():9d} tokens  {took:8.2f} ms  {held:8.1f} MiB", flush=True)
-    tenth = calls // 10
-    # The middle of each tenth: a full cache of the processor's, emptied by others, disturbs the mean.
-    second, last = statistics.median(seconds[tenth : 2 * tenth]), statistics.median(seconds[-tenth:])
-    before, after = statistics.median(memory[tenth : 2 * tenth]), statistics.median(memory[-tenth:])
     return {
         "arguments": vars(args),
         "tokens": cache.get_seq_length(),
         "evictions": cache.evictions,
+        **flatness(seconds, memory),
+    }
+
+
+def flatness(seconds: Sequence[float], memory: Sequence[int]) -> dict[str, Any]:
+    """The last tenth of the calls beside the second tenth: seconds of each, and resident bytes after each."""
+    tenth = len(seconds) // 10
+    # The middle of each tenth: a full cache of the processor's, emptied by others, disturbs the mean.
+    second, last = statistics.median(seconds[tenth : 2 * tenth]), statistics.median(seconds[-tenth:])
+    before, after = statistics.median(memory[tenth : 2 * tenth]), statistics.median(memory[-tenth:])
+    return {
         "ms_second_tenth": 1000 * second,
         "ms_last_tenth": 1000 * last,
         "time_ratio": last / second,

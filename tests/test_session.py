@@ -141,6 +141,7 @@ FORGED = {
     "a negative score": (put("peak.0", (1, 1, 0, 3), -1.0), "peak.0"),
     "another shape": (lambda _, t: t.update({"keys.1": t["keys.1"][:, :, :9].clone()}), "keys.1"),
     "another dtype": (lambda _, t: t.update({"values.0": t["values.0"].half()}), "values.0"),
+    "integers": (lambda _, t: t.update({"keys.0": t["keys.0"].int()}), "keys.0 is torch.int32.*floating point"),
     "a tensor missing": (lambda _, t: t.pop("mass.0"), "mass.0 is missing"),
     "a tensor too many": (lambda _, t: t.update({"keys.7": t["keys.1"].clone()}), "keys.7"),
     "more tokens than columns": (tell(seen=[52, 1000]), "seen"),
@@ -243,3 +244,20 @@ def test_mutated_files_are_refused_or_equal(saved: Path, tmp_path: Path) -> None
         assert state.description == expected.description
         assert state.digest() == expected.digest()
     assert equal < MUTATIONS / 4
+
+
+def test_keys_of_another_dtype_than_the_model_makes(saved: Path, tmp_path: Path) -> None:
+    """A file can say so, and a model can be cast while it has a cache."""
+
+    def double(_: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        tensors |= {name: tensors[name].double() for name in ("keys.1", "values.1")}
+
+    model = build("llama")
+    kv = lf.KVCache.load(rewritten(saved, tmp_path / "double", double), model)
+    call = {"input_ids": torch.tensor([[5], [6]]), cache_keyword(model): kv}
+    with pytest.raises(lf.CacheError, match=r"layer 1 makes torch\.float32 keys, the cache holds torch\.float64"):
+        model(**call)
+    kv = lf.KVCache.load(saved, model)
+    model.double()
+    with pytest.raises(lf.CacheError, match=r"layer 0 makes torch\.float64 keys"):
+        model(**call | {cache_keyword(model): kv})

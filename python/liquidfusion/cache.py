@@ -747,6 +747,10 @@ class Call:
                 f"{self.cache._windows[number]}"
             )
         layer = store.layer(index, key, value)
+        if layer.keys.dtype != key.dtype:
+            raise CacheError(
+                f"layer {number} makes {key.dtype} keys, the cache holds {layer.keys.dtype}; build a new KVCache"
+            )
         self.attended += 1
         self._write_single(store, index, layer, key, value)
         if self.columns == 1:

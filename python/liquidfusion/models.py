@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ def layer_devices(model: PreTrainedModel) -> list[torch.device]:
     """Where each attention layer's weights are, and so its slots; the model's own device where that is unknown."""
     devices = [model.device] * int(text_config(model).num_hidden_layers)
     for module in model.modules():
-        index, weight = getattr(module, "layer_idx", None), next(module.parameters(), None)
+        # Quantised layers may keep everything in buffers.
+        weight = next(chain(module.parameters(), module.buffers()), None)
+        index = getattr(module, "layer_idx", None)
         if index is not None and weight is not None and weight.device.type != "meta":
             devices[index] = weight.device
     return devices

@@ -108,8 +108,8 @@ def scatter(state: State, stores: list[Store], places: list[tuple[int, int]], de
     for layer, (number, index) in enumerate(places):
         store = stores[number]
         shape: tuple[int, ...] = (store.batch, store.kv_heads, store.slots, state.description["model"]["head_dim"])
-        dtype = getattr(torch, state.description["model"]["dtype"])
-        keys, values = (_take(tensors, f"{kind}.{layer}", shape, dtype) for kind in ("keys", "values"))
+        keys = _take(tensors, f"keys.{layer}", shape)  # a model whose weights are quantised may have another dtype
+        values = _take(tensors, f"values.{layer}", shape, keys.dtype)
         slots = store.layer(index, keys[:, :, :0].to(devices[layer]), values[:, :, :0].to(devices[layer]))
         slots.keys.copy_(keys)
         slots.values.copy_(values)
@@ -128,12 +128,15 @@ def scatter(state: State, stores: list[Store], places: list[tuple[int, int]], de
         raise CacheError(f"tensors {sorted(tensors)} do not belong to a session of this model and strategy")
 
 
-def _take(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _take(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """Remove a tensor of a shape and dtype; None: of any floating-point one."""
     tensor = tensors.pop(name, None)
     if tensor is None:
         raise CacheError(f"tensor {name} is missing")
-    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-        raise CacheError(f"{name} is {tensor.dtype} {list(tensor.shape)}, {dtype} {list(shape)} is accepted")
+    right = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
+    if tuple(tensor.shape) != shape or not right:
+        accepted = "floating point" if dtype is None else dtype
+        raise CacheError(f"{name} is {tensor.dtype} {list(tensor.shape)}, {accepted} {list(shape)} is accepted")
     return tensor
 
 

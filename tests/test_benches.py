@@ -1,0 +1,147 @@
+"""The repository's own benchmarks: their figures on a tiny model, against one forward pass without any cache."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmodel import directory, loaded
+from liquidfusion.bench import decoding, texts
+
+BENCHES = Path(__file__).parent.parent / "benches"
+
+
+def script(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHES))
+    return importlib.import_module(name)
+
+
+def text(path: Path, tokens: int) -> tuple[list[str], Tensor]:
+    """Options that name a text of one character a token and the model, and the text's tokens."""
+    content = texts.reference_text()[:tokens]
+    (path / "text.txt").write_text(content, encoding="utf8")
+    options = ["--text", str(path / "text.txt"), "--model", str(directory()), "--device", "cpu"]
+    return options, torch.tensor([decoding.encode(loaded().tokenizer, content)])
+
+
+def losses(ids: Tensor) -> Tensor:
+    """Of every token but the first, without a cache."""
+    with torch.no_grad():
+        logits = loaded().model(ids, use_cache=False).logits[0]
+    return -logits[:-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+
+
+def perplexity(nll: Tensor) -> float:
+    return nll.mean().exp().item()
+
+
+def test_endless_quality(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given, ids = text(tmp_path, 520)
+    given += ["--starts", "448", "128", "--length", "64", "--lead", "96", "--chunk", "32", "--out"]
+    caches = ["--caches", "liquid_fusion:cache", "transformers", "local:absolute"]
+    bounded = ["--budget", "24", *caches, "--rivals-until", "200"]
+    result = script(monkeypatch, "endless_quality").main([*given, str(tmp_path / "out.json"), *bounded])
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["caches"] == result["caches"]
+    assert [row["start"] for row in result["caches"]["liquid_fusion:cache"]["texts"]] == [128, 448]
+    (full,) = result["caches"]["transformers"]["texts"]
+    assert full["deep"] == pytest.approx(perplexity(losses(ids)[127:191]), rel=1e-4)
+    assert full["near"] == pytest.approx(perplexity(losses(ids[:, 32:])[95:159]), rel=1e-4)
+    judged = result["caches"]["liquid_fusion:cache"]["all"]
+    assert result["holds"] == (abs(judged["ratio"] - 1) <= 0.05)
+    assert judged["ratio"] == pytest.approx(judged["deep"] / judged["near"])
+    assert judged["low"] <= judged["ratio"] <= judged["high"]
+    (local,) = result["caches"]["local:absolute"]["texts"]
+    assert local["deep"] != pytest.approx(full["deep"], rel=1e-3)
+    # With room for all of it the bounded cache is the full one.
+    roomy = script(monkeypatch, "endless_quality").main(
+        [*given, str(tmp_path / "roomy.json"), "--budget", "520", *caches[:2]]
+    )
+    for row in roomy["caches"]["liquid_fusion:cache"]["texts"]:
+        at = row["start"] - 1
+        assert row["deep"] == pytest.approx(perplexity(losses(ids)[at : at + 64]), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--starts", "128", "160"], "--starts 160"),
+        (["--starts", "64"], "--starts 64"),
+        (["--starts", "100"], "--chunk 32"),
+        (["--starts", "4096"], "520 tokens, 4160"),
+        (["--length", "8"], "--length 8"),
+        (["--chunk", "0"], "--chunk 0"),
+        (["--caches", "lru"], "lru"),
+        (["--budget", "2"], "2"),
+        (["--text", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_endless_quality_refuses(
+    change: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given, _ = text(tmp_path, 520)
+    given += ["--starts", "128", "--length", "64", "--lead", "96", "--chunk", "32", "--budget", "24", *change]
+    with pytest.raises(SystemExit) as stopped:
+        script(monkeypatch, "endless_quality").main(given)
+    assert words in f"{stopped.value} {capsys.readouterr().err}"
+
+
+def test_prefill_quality(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given, ids = text(tmp_path, 520)
+    given += ["--prompt", "130", "--follow", "128", "--chunk", "32", "--limit", "2", "--sizes", "0", "16", "64"]
+    bench = script(monkeypatch, "prefill_quality")
+    result = bench.main([*given, "--budgets", "24", "512", "--strategies", "h2o", "--out", str(tmp_path / "out.json")])
+    assert json.loads((tmp_path / "out.json").read_text())["rows"] == result["rows"]
+    parts = [losses(ids[:, at : at + 258])[129:] for at in (0, 258)]
+    exact = perplexity(torch.cat(parts))
+    rows = result["rows"]
+    assert rows["full cache 0"]["perplexity"] == pytest.approx(exact, rel=1e-4)
+    for size in (0, 16, 64):
+        roomy, tight = rows[f"h2o, budget 512 {size}"], rows[f"h2o, budget 24 {size}"]
+        assert roomy["segments"] == tight["segments"] == 2
+        assert roomy["perplexity"] == pytest.approx(exact, rel=1e-4)
+        assert roomy["ratio"] == pytest.approx(1, rel=1e-4)
+        assert tight["perplexity"] != pytest.approx(exact, rel=1e-3)
+        one = rows["h2o, budget 24 0"]["perplexity"]
+        assert tight["ratio"] == pytest.approx(tight["perplexity"] / one)
+        assert math.isfinite(tight["high"])
+    assert rows["h2o, budget 24 16"]["ratio"] != 1
+    shown = bench.table(rows, (0, 16, 64)).splitlines()
+    assert shown[0] == "| | one call | calls of 16 | calls of 64 |"
+    assert len(shown) == 2 + 3
+    assert shown[-1].startswith("| full cache | ")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--follow", "100"], "--follow 100"),
+        (["--sizes", "-1"], "--sizes -1"),
+        (["--limit", "0"], "--limit 0"),
+        (["--budgets", "3"], "3"),
+        (["--strategies", "lru"], "lru"),
+        (["--prompt", "4096"], "too few"),
+    ],
+)
+def test_prefill_quality_refuses(
+    change: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given, _ = text(tmp_path, 520)
+    with pytest.raises(SystemExit) as stopped:
+        script(monkeypatch, "prefill_quality").main([*given, *change])
+    assert words in f"{stopped.value} {capsys.readouterr().err}"
