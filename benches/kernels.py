@@ -38,7 +38,7 @@ def load() -> ModuleType:
 kernels = load()
 decode_module = sys.modules[f"{kernels.__name__}.decode"]
 prefill_module = sys.modules[f"{kernels.__name__}.prefill"]
-RULES = {"mass_decay": 0.998355, "peak_decay": 0.9995, "value_weighted": True, "look_gap": 8}
+RULES = {"mass_decay": 0.7 ** (1 / 64), "peak_decay": 0.9995, "value_weighted": True, "look_gap": 8}
 
 
 def median_ms(call: Callable[[], object], repeats: int) -> float:
@@ -131,7 +131,7 @@ def prefill_inputs(tokens: int, heads: tuple[int, int, int]) -> tuple[torch.Tens
     return q, k, v, torch.arange(tokens - 1, -1, -1, dtype=torch.int32, device="cuda")[None]
 
 
-def score_call(tokens: int) -> tuple[Callable[[], object], Callable[[], object]]:
+def score_call(tokens: int, reach: int | None) -> tuple[Callable[[], object], Callable[[], object]]:
     """Calls of the fused attention and of the score kernel that follows it."""
     q, k, v, ages = prefill_inputs(tokens, (32, 8, 128))
     scale = 128**-0.5
@@ -157,42 +157,53 @@ def score_call(tokens: int) -> tuple[Callable[[], object], Callable[[], object]]
         0.0,
         0,
         RULES["look_gap"],
+        reach,
         False,
     )
     return lambda: prefill_module._fused(q, k, v, True, scale), lambda: prefill_module._scores(*arguments)
 
 
-def check_scores(tokens: int = 2048) -> str:
+def check_scores(reach: int | None, tokens: int = 2048) -> str:
     """Compare prefill's scores with float32 probabilities of a whole matrix, on fresh random inputs."""
     q, k, v, ages = prefill_inputs(tokens, (32, 8, 128))
     none = torch.zeros(1, 8, 0, device="cuda")
     empty = k[:, :, :0]
     options = {"scale": 128**-0.5, **RULES}
     out, mass, peak = kernels.prefill(
-        q, k, v, empty, empty, none.int(), ages, none, none, padded=False, full=True, **options
+        q, k, v, empty, empty, none.int(), ages, none, none, padded=False, full=True, peak_reach=reach, **options
     )
     x = torch.matmul(q.double(), k.double().repeat_interleave(4, 1).transpose(-1, -2)) * options["scale"]
     x.masked_fill_(torch.ones(tokens, tokens, dtype=torch.bool, device="cuda").triu(1), -torch.inf)
     p = x.softmax(-1)
     errors = [(out.double() - p @ v.double().repeat_interleave(4, 1)).norm() / out.double().norm()]
     p = p.unflatten(1, (8, 4)).mean(2)
-    p = p * (ages[:, None, :, None] <= ages[:, None, None, :] - RULES["look_gap"])
+    distance = ages[:, None, None, :] - ages[:, None, :, None]
+    p = p * (distance >= RULES["look_gap"])
+    near = p if reach is None else p * (distance <= reach)
     weight = v.double().norm(dim=-1) / k.double().norm(dim=-1)
-    for actual, decay, reduce in ((mass, RULES["mass_decay"], torch.sum), (peak, RULES["peak_decay"], torch.amax)):
-        expected = reduce(p * decay ** ages.double()[:, None, :, None], 2) * weight
+    for actual, looks, decay, reduce in (
+        (mass, p, RULES["mass_decay"], torch.sum),
+        (peak, near, RULES["peak_decay"], torch.amax),
+    ):
+        expected = reduce(looks * decay ** ages.double()[:, None, :, None], 2) * weight
         errors.append((actual.double() - expected).norm() / expected.norm())
-    return f"relative errors at {tokens} tokens: output {errors[0]:.1e}, mass {errors[1]:.1e}, peak {errors[2]:.1e}"
+    errors = ", ".join(f"{name} {error:.1e}" for name, error in zip(("output", "mass", "peak"), errors, strict=True))
+    return f"relative errors at {tokens} tokens, peak reach {reach}: {errors}"
 
 
 def bench_prefill(lengths: list[int], sweep: bool) -> list[str]:
     """Rows of the table: the score kernel of one layer beside the attention it rides on."""
-    rows = [check_scores()]
+    rows = [check_scores(None), check_scores(256)]
     for tokens in lengths:
-        attention, score = score_call(tokens)
+        attention, score = score_call(tokens, None)
         repeats = 20 if tokens <= 16384 else 5
         base = median_ms(attention, repeats)
-        time = median_ms(score, repeats)
-        rows.append(f"score {tokens} tokens: {time:.2f} ms, cuDNN attention {base:.2f} ms, ratio {time / base:.2f}")
+        for reach in (None, 2048):
+            time = median_ms(score_call(tokens, reach)[1], repeats)
+            rows.append(
+                f"score {tokens} tokens, peak reach {reach}: {time:.2f} ms, cuDNN attention {base:.2f} ms, "
+                f"ratio {time / base:.2f}"
+            )
         if sweep and tokens <= 65536:
             original = prefill_module._tiles
             for tiles in ((128, 128, 8, 3), (128, 128, 4, 2), (128, 64, 8, 3), (128, 64, 4, 3), (256, 64, 8, 2)):
@@ -212,7 +223,7 @@ def small() -> None:
     keys, values = (torch.randn(1, 2, 100, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     positions = torch.randperm(100, device="cuda").int().expand(1, 2, 100).contiguous()
     scores = torch.rand(1, 2, 100, device="cuda")
-    for padding, window, softcap in ((0, 0, 0.0), (7, 0, 0.0), (7, 50, 5.0)):
+    for padding, window, softcap, reach in ((0, 0, 0.0, None), (0, 0, 0.0, 64), (7, 0, 0.0, 64), (7, 50, 5.0, None)):
         ages[:, :padding] = -1
         kernels.prefill(
             q,
@@ -228,6 +239,7 @@ def small() -> None:
             softcap=softcap,
             window=window,
             first_position=100,
+            peak_reach=reach,
             **RULES,
         )
     torch.cuda.synchronize()
