@@ -90,6 +90,7 @@ pub(crate) struct Scratch {
     pub(crate) victims: Vec<i32>,
     /// Columns that stay, ascending.
     pub(crate) kept: Vec<i32>,
+    ordered: Vec<i32>,
     by_position: Vec<u64>,
     /// Keys of the peaks of candidates still in contest, `OUTSIDE` for others.
     keys: Vec<i32>,
@@ -219,12 +220,20 @@ impl Scratch {
     }
 
     /// The victims in the order of their positions.
-    pub(crate) fn oldest_first(&mut self, positions: &[i32]) -> impl ExactSizeIterator<Item = i32> {
-        let entry = |&slot: &i32| u64::from(positions[slot as usize] as u32) << 32 | u64::from(slot as u32);
-        self.by_position.clear();
-        self.by_position.extend(self.victims.iter().map(entry));
-        self.by_position.sort_unstable();
-        self.by_position.iter().map(|&entry| entry as i32)
+    pub(crate) fn oldest_first(&mut self, positions: &[i32]) -> &[i32] {
+        let Self { victims, ordered, by_position, .. } = self;
+        at_least(ordered, victims.len());
+        let ordered = &mut ordered[..victims.len()];
+        if !simd::dispatch(Order { victims, positions, ordered }) {
+            let entry = |&slot: &i32| u64::from(positions[slot as usize] as u32) << 32 | u64::from(slot as u32);
+            by_position.clear();
+            by_position.extend(victims.iter().map(entry));
+            by_position.sort_unstable();
+            for (slot, &entry) in ordered.iter_mut().zip(&*by_position) {
+                *slot = entry as i32;
+            }
+        }
+        ordered
     }
 
     /// Check the scores, find who contends, and count what there is.
@@ -278,6 +287,44 @@ impl Scratch {
             Some(_) => i32::MAX,
             None => 0,
         }
+    }
+}
+
+/// As many victims are compared with each other rather than sorted.
+const ORDERED: usize = 64;
+
+/// Put a few victims in the order of their positions; `false` if they are too many, or two have one position.
+struct Order<'a> {
+    victims: &'a [i32],
+    positions: &'a [i32],
+    ordered: &'a mut [i32],
+}
+
+impl Work for Order<'_> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) -> bool {
+        let Self { victims, positions, ordered } = self;
+        let n = victims.len();
+        if n > ORDERED {
+            return false;
+        }
+        let (mut ages, mut older) = ([0; ORDERED], [0; ORDERED]);
+        for (age, &slot) in ages.iter_mut().zip(victims) {
+            *age = positions[slot as usize];
+        }
+        for (older, some) in older.as_chunks_mut().0.iter_mut().zip(ages.as_chunks().0) {
+            *older = lanes.below(some, &ages[..n]);
+        }
+        // One of every two is older, unless they are equally old.
+        if older[..n].iter().sum::<u32>() as usize != n * n.saturating_sub(1) / 2 {
+            return false;
+        }
+        for (&slot, &older) in victims.iter().zip(&older) {
+            ordered[older as usize] = slot;
+        }
+        true
     }
 }
 

@@ -723,7 +723,7 @@ fn choose(
                 scratch.victims.len()
             );
         }
-        for (i, slot) in scratch.oldest_first(stored).enumerate() {
+        for (i, &slot) in scratch.oldest_first(stored).iter().enumerate() {
             ring[wrap(start + len + i, slots)] = slot;
         }
         Ok(())

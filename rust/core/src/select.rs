@@ -79,21 +79,15 @@ fn count_below(keys: &[i32], least: i32) -> usize {
 /// As many keys are compared with each other rather than searched.
 const RANKED: usize = 32;
 
-/// The largest of the keys that at least `least` of them reach.
+/// The largest of the first `n` keys that at least `least` of those reach; what is behind them means nothing.
 #[inline(always)]
-fn ranked(keys: &[i32], least: usize) -> i32 {
-    let mut padded = [0; RANKED];
-    padded[..keys.len()].copy_from_slice(keys);
+fn ranked<L: Lanes>(lanes: L, keys: &[i32; RANKED], n: usize, least: usize) -> i32 {
+    let most_below = (n - least) as u32;
     let mut found = 0;
-    for some in padded.as_chunks::<16>().0 {
-        let mut reached = [0; 16];
-        for &key in keys {
-            for (reached, &one) in reached.iter_mut().zip(some) {
-                *reached += i32::from(key >= one);
-            }
-        }
-        for (&one, reached) in some.iter().zip(reached) {
-            found = found.max(if reached >= least as i32 { one } else { 0 });
+    for (some, index) in keys.as_chunks::<16>().0.iter().zip([0, 16]) {
+        let below = lanes.below(some, &keys[..n]);
+        for ((&one, below), i) in some.iter().zip(below).zip(index..) {
+            found = found.max(if below <= most_below && i < n as i32 { one } else { 0 });
         }
     }
     found
@@ -188,11 +182,15 @@ fn search<L: Lanes, const CHECK: bool>(
         let [first, second] = &mut memory.near;
         let (source, target) = match packed {
             None => (keys, first),
-            Some(false) => (&first[..len], second),
-            Some(true) => (&second[..len], first),
+            Some(false) => (&**first, second),
+            Some(true) => (&**second, first),
         };
-        if packed.is_some() && len <= RANKED {
-            let key = ranked(source, k + len - total);
+        if packed.is_some()
+            && len <= RANKED
+            && let Some(few) = source.first_chunk()
+        {
+            let key = ranked(lanes, few, len, k + len - total);
+            let source = &source[..len];
             let taken = total - count_below(source, key);
             if taken == k {
                 hint.key = key;
@@ -201,6 +199,7 @@ fn search<L: Lanes, const CHECK: bool>(
             bracket = Bracket { low: key, high: key + 1, under: k + count_below(source, key + 1) - total, ..bracket };
             continue;
         }
+        let source = &source[..len];
         let window = if turn == 0 && by_hint {
             let (k, n) = (k as f64, field.count as f64);
             let reach = (hint.spacing * (3.0 * (k * (n - k) / n).sqrt() + 4.0)) as i32;
@@ -213,7 +212,7 @@ fn search<L: Lanes, const CHECK: bool>(
         if let Some(Range { start, end }) = window {
             let start = start.clamp(low, high - 1);
             let end = end.clamp(start + 1, high);
-            at_least(target, len);
+            at_least(target, len.max(RANKED));
             let look = lanes.look(source, start..end, &mut target[..len]);
             if CHECK && turn == 0 && look.worst > field.most as u32 {
                 return None;

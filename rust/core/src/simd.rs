@@ -55,6 +55,9 @@ pub(crate) struct Look {
     pub(crate) worst: u32,
 }
 
+/// As many marks in a word of 64 keys are written down one by one, without a branch.
+const SPARSE: usize = 4;
+
 /// Operations written per instruction set.
 pub(crate) trait Lanes: Copy {
     /// Vectors of numbers.
@@ -68,12 +71,36 @@ pub(crate) trait Lanes: Copy {
     /// Mark the keys above (or else below) `bound`: key `i` in bit `i % 64` of word `i / 64`; no bit is set behind the last.
     fn mark<const ABOVE: bool>(self, keys: &[i32], bound: i32, marks: &mut [u64]);
 
+    /// Write the indices of a word's marks to `to`, ascending, the first key's being `first`, as many as fit; returns how many.
+    fn expand_word(self, word: u64, first: i32, to: &mut [i32]) -> usize;
+
     /// Write the indices of marks to `out`, ascending, as many as fit, and return how many were written.
-    fn expand(self, marks: &[u64], out: &mut [i32]) -> usize;
+    #[inline(always)]
+    fn expand(self, marks: &[u64], out: &mut [i32]) -> usize {
+        let mut count = 0;
+        for (i, &word) in marks.iter().enumerate() {
+            let (first, marked, rest) = ((64 * i) as i32, word.count_ones() as usize, &mut out[count..]);
+            match rest.first_chunk_mut::<SPARSE>() {
+                Some(to) if marked <= SPARSE => {
+                    let mut word = word;
+                    for next in to {
+                        *next = first + word.trailing_zeros() as i32;
+                        word &= word.wrapping_sub(1);
+                    }
+                    count += marked;
+                }
+                _ => count += self.expand_word(word, first, rest),
+            }
+        }
+        count
+    }
 
     /// Write the indices of the keys below `bound`, ascending, and what `values` hold there, side by side to `out`; returns how many.
     /// All slices have one length.
     fn pack(self, keys: &[i32], bound: i32, values: [&[i32]; 2], out: [&mut [i32]; 3]) -> usize;
+
+    /// For each of sixteen numbers, how many of `others` are below it.
+    fn below(self, numbers: &[i32; 16], others: &[i32]) -> [u32; 16];
 
     /// Count the keys, none of which is negative, and write those in the window side by side to `near`, which is as long as `keys`.
     fn look(self, keys: &[i32], window: Range<i32>, near: &mut [i32]) -> Look;
@@ -135,19 +162,15 @@ fn mark_from<const ABOVE: bool>(first: usize, keys: &[i32], bound: i32, marks: &
     }
 }
 
-/// Expand the marks from word `first` on.
+/// Write the indices of the bits that are set, the lowest being `first`, as many as fit.
 #[inline(always)]
-fn expand_from(first: usize, marks: &[u64], out: &mut [i32], mut count: usize) -> usize {
-    for (i, &word) in marks.iter().enumerate().skip(first) {
-        let mut word = word;
-        while word != 0 {
-            let Some(next) = out.get_mut(count) else { return count };
-            *next = (64 * i) as i32 + word.trailing_zeros() as i32;
-            count += 1;
-            word &= word - 1;
-        }
+fn expand_bits(mut word: u64, first: i32, to: &mut [i32]) -> usize {
+    let fit = to.len().min(word.count_ones() as usize);
+    for next in &mut to[..fit] {
+        *next = first + word.trailing_zeros() as i32;
+        word &= word.wrapping_sub(1);
     }
-    count
+    fit
 }
 
 #[inline(always)]
@@ -197,13 +220,24 @@ impl<S: Simd> Lanes for Portable<S> {
     }
 
     #[inline(always)]
-    fn expand(self, marks: &[u64], out: &mut [i32]) -> usize {
-        expand_from(0, marks, out, 0)
+    fn expand_word(self, word: u64, first: i32, to: &mut [i32]) -> usize {
+        expand_bits(word, first, to)
     }
 
     #[inline(always)]
     fn pack(self, keys: &[i32], bound: i32, values: [&[i32]; 2], out: [&mut [i32]; 3]) -> usize {
         pack_from(0, keys, bound, values, out, 0)
+    }
+
+    #[inline(always)]
+    fn below(self, numbers: &[i32; 16], others: &[i32]) -> [u32; 16] {
+        let mut counts = [0; 16];
+        for &other in others {
+            for (count, &number) in counts.iter_mut().zip(numbers) {
+                *count += u32::from(other < number);
+            }
+        }
+        counts
     }
 
     #[inline(always)]
@@ -236,20 +270,6 @@ static SET_LANES: [i64; 256] = {
     table
 };
 
-/// As many marks in a word of 64 keys are written down one by one.
-#[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
-const SPARSE: u32 = 4;
-
-/// Write the indices of a word with at most `SPARSE` marks; what is written behind them means nothing.
-#[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
-#[inline(always)]
-fn expand_sparse(mut word: u64, first: i32, to: &mut [i32; 64]) {
-    for next in &mut to[..SPARSE as usize] {
-        *next = first + word.trailing_zeros() as i32;
-        word &= word.wrapping_sub(1);
-    }
-}
-
 #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
 impl Lanes for Avx2 {
     type Simd = pulp::x86::V3;
@@ -281,33 +301,22 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn expand(self, marks: &[u64], out: &mut [i32]) -> usize {
+    fn expand_word(self, word: u64, first: i32, to: &mut [i32]) -> usize {
         let Self(simd) = self;
         let (avx, avx2) = (simd.avx, simd.avx2);
-        let eight = avx._mm256_set1_epi32(8);
-        let (mut count, mut done) = (0, marks.len());
-        for (i, &word) in marks.iter().enumerate() {
-            // Eight are written for each byte, whatever it marks.
-            let Some(to) = out.get_mut(count..).and_then(|rest| rest.first_chunk_mut::<64>()) else {
-                done = i;
-                break;
+        let (mut firsts, eight) = (avx._mm256_set1_epi32(first), avx._mm256_set1_epi32(8));
+        let mut written = 0;
+        for (i, byte) in word.to_le_bytes().into_iter().enumerate() {
+            // Eight are written, whatever is marked.
+            let Some(to) = to[written..].first_chunk_mut::<8>() else {
+                return written + expand_bits(word >> (8 * i), first + 8 * i as i32, &mut to[written..]);
             };
-            count += word.count_ones() as usize;
-            if word.count_ones() <= SPARSE {
-                expand_sparse(word, (64 * i) as i32, to);
-                continue;
-            }
-            let mut first = avx._mm256_set1_epi32((64 * i) as i32);
-            let mut written = 0;
-            for byte in word.to_le_bytes() {
-                let lanes = avx2._mm256_cvtepu8_epi32(pulp::cast([SET_LANES[usize::from(byte)], 0]));
-                let indices: [i32; 8] = pulp::cast(avx2._mm256_add_epi32(lanes, first));
-                to[written..written + 8].copy_from_slice(&indices);
-                written += byte.count_ones() as usize;
-                first = avx2._mm256_add_epi32(first, eight);
-            }
+            let lanes = avx2._mm256_cvtepu8_epi32(pulp::cast([SET_LANES[usize::from(byte)], 0]));
+            *to = pulp::cast(avx2._mm256_add_epi32(lanes, firsts));
+            written += byte.count_ones() as usize;
+            firsts = avx2._mm256_add_epi32(firsts, eight);
         }
-        expand_from(done, marks, out, count)
+        written
     }
 
     #[inline(always)]
@@ -339,6 +348,21 @@ impl Lanes for Avx2 {
             first = avx2._mm256_add_epi32(first, eight);
         }
         pack_from(8 * eights.len(), keys, bound, [values_a, values_b], [indices, a, b], count)
+    }
+
+    #[inline(always)]
+    fn below(self, numbers: &[i32; 16], others: &[i32]) -> [u32; 16] {
+        let Self(simd) = self;
+        let (avx, avx2) = (simd.avx, simd.avx2);
+        let [first, second]: [[i32; 8]; 2] = pulp::cast(*numbers);
+        let (first, second) = (pulp::cast(first), pulp::cast(second));
+        let mut counts = [avx._mm256_setzero_si256(); 2];
+        for &other in others {
+            let other = avx._mm256_set1_epi32(other);
+            counts[0] = avx2._mm256_sub_epi32(counts[0], avx2._mm256_cmpgt_epi32(first, other));
+            counts[1] = avx2._mm256_sub_epi32(counts[1], avx2._mm256_cmpgt_epi32(second, other));
+        }
+        pulp::cast(counts)
     }
 
     #[inline(always)]
@@ -413,31 +437,21 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    fn expand(self, marks: &[u64], out: &mut [i32]) -> usize {
+    fn expand_word(self, word: u64, first: i32, to: &mut [i32]) -> usize {
         let avx512 = self.0.avx512f;
         let sixteen = avx512._mm512_set1_epi32(16);
-        let (mut count, mut done) = (0, marks.len());
-        for (i, &word) in marks.iter().enumerate() {
-            // Sixteen are written for each part, whatever it marks.
-            let Some(to) = out.get_mut(count..).and_then(|rest| rest.first_chunk_mut::<64>()) else {
-                done = i;
-                break;
+        let mut indices = avx512._mm512_add_epi32(pulp::cast(SIXTEEN), avx512._mm512_set1_epi32(first));
+        let mut written = 0;
+        for (i, part) in pulp::cast::<_, [u16; 4]>(word).into_iter().enumerate() {
+            // Sixteen are written, whatever is marked.
+            let Some(to) = to[written..].first_chunk_mut::<16>() else {
+                return written + expand_bits(word >> (16 * i), first + 16 * i as i32, &mut to[written..]);
             };
-            count += word.count_ones() as usize;
-            if word.count_ones() <= SPARSE {
-                expand_sparse(word, (64 * i) as i32, to);
-                continue;
-            }
-            let mut indices = avx512._mm512_add_epi32(pulp::cast(SIXTEEN), avx512._mm512_set1_epi32((64 * i) as i32));
-            let mut written = 0;
-            for part in pulp::cast::<_, [u16; 4]>(word) {
-                let packed: [i32; 16] = pulp::cast(avx512._mm512_maskz_compress_epi32(part, indices));
-                to[written..written + 16].copy_from_slice(&packed);
-                written += part.count_ones() as usize;
-                indices = avx512._mm512_add_epi32(indices, sixteen);
-            }
+            *to = pulp::cast(avx512._mm512_maskz_compress_epi32(part, indices));
+            written += part.count_ones() as usize;
+            indices = avx512._mm512_add_epi32(indices, sixteen);
         }
-        expand_from(done, marks, out, count)
+        written
     }
 
     #[inline(always)]
@@ -465,6 +479,18 @@ impl Lanes for Avx512 {
             first = avx512._mm512_add_epi32(first, sixteen);
         }
         pack_from(16 * whole.len(), keys, bound, [values_a, values_b], [indices, a, b], count)
+    }
+
+    #[inline(always)]
+    fn below(self, numbers: &[i32; 16], others: &[i32]) -> [u32; 16] {
+        let avx512 = self.0.avx512f;
+        let (numbers, one) = (pulp::cast(*numbers), avx512._mm512_set1_epi32(1));
+        let mut counts = avx512._mm512_setzero_si512();
+        for &other in others {
+            let below = avx512._mm512_cmpgt_epi32_mask(numbers, avx512._mm512_set1_epi32(other));
+            counts = avx512._mm512_mask_add_epi32(counts, below, counts, one);
+        }
+        pulp::cast(counts)
     }
 
     #[inline(always)]
