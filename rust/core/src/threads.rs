@@ -1,6 +1,7 @@
 //! How work is spread over threads.
 //!
-//! Items are pulled one by one from a shared iterator, so a helper that wakes late takes less; the calling thread always works itself.
+//! Items are pulled from a shared iterator, a part of those that are left at a time, so a helper that wakes late takes less, and small items
+//! do not make the threads wait for each other; the calling thread always works itself.
 //! The thread that called first belongs to the pool and takes back what no helper has begun: where the cores are busy with other work it
 //! waits for nobody. Every item is independent, so results do not depend on the thread count.
 
@@ -10,6 +11,9 @@ use crate::error::{Result, fail};
 
 /// Caps the threads of every call that names no cap itself.
 pub const VARIABLE: &str = "LIQUIDFUSION_NUM_THREADS";
+
+/// The part of what is left that each thread takes at a time: small enough that they end together.
+const PARTS: usize = 4;
 
 struct Pool {
     pool: rayon::ThreadPool,
@@ -67,15 +71,22 @@ where
     let Some(pool) = (threads > 1).then(helpers).flatten() else {
         return items.for_each(work);
     };
+    let threads = threads.min(pool.current_num_threads());
     let items = Mutex::new(items);
     let drain = || {
+        let mut batch = Vec::new();
         loop {
-            let next = items.lock().unwrap_or_else(PoisonError::into_inner).next();
-            let Some(item) = next else { break };
-            work(item);
+            {
+                let mut items = items.lock().unwrap_or_else(PoisonError::into_inner);
+                let left = items.size_hint().1.unwrap_or(1);
+                batch.extend(items.by_ref().take((left / (PARTS * threads)).max(1)));
+            }
+            if batch.is_empty() {
+                break;
+            }
+            batch.drain(..).for_each(&work);
         }
     };
-    let threads = threads.min(pool.current_num_threads());
     if pool.current_thread_index().is_some() {
         return pool.install(|| spread(threads, &drain));
     }
