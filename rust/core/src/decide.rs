@@ -420,8 +420,7 @@ impl Work for Decision<'_> {
         let all = [candidates.stored, candidates.columns];
         let mut contest = found.contest;
         let n = candidates.len();
-        let mut cut_all =
-            |keys: &[i32], k, field, hint: &mut Hint| cut(lanes, keys, k, field, hint, position, memory);
+        let mut cut_all = |keys: &[i32], k, field, hint: &mut Hint| cut(lanes, keys, k, field, hint, position, memory);
         let all_mass = candidates.scores.map_or(&[][..], |scores| scores.mass);
         if rule.sinks == Sinks::Adaptive && split.sinks > 0 {
             mass.resize(n, 0);

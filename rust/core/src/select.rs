@@ -55,6 +55,16 @@ pub(crate) struct Hint {
     spacing: f64,
 }
 
+impl Hint {
+    /// Where a cut that takes `k` of `n` keys is expected, and as far around as chance may have it.
+    #[inline(always)]
+    fn around(&self, k: usize, n: usize) -> Range<i32> {
+        let (k, n) = (k as f64, n as f64);
+        let reach = (self.spacing * (3.0 * (k * (n - k) / n).sqrt() + 4.0)) as i32;
+        self.key.saturating_sub(reach)..self.key.saturating_add(reach)
+    }
+}
+
 /// Reusable memory of searches.
 #[derive(Debug, Default)]
 pub(crate) struct Memory {
@@ -102,9 +112,56 @@ struct Bracket {
     under: usize,
     low_counted: bool,
     high_counted: bool,
+    /// `over` and `under`, but halved when their end has not moved for a while (the Illinois rule), so that a guess falls on its other side.
+    low_weight: f64,
+    high_weight: f64,
+    last_low: Option<bool>,
+    /// How far beyond the end that was counted to guess: further every time.
+    reach: f64,
 }
 
 impl Bracket {
+    #[inline(always)]
+    fn of(k: usize, field: Field) -> Self {
+        let (over, under) = (field.count - k, k);
+        Self {
+            low: 0,
+            high: field.most.saturating_add(1),
+            over,
+            under,
+            low_counted: false,
+            high_counted: false,
+            low_weight: over as f64,
+            high_weight: under as f64,
+            last_low: None,
+            reach: 1.0,
+        }
+    }
+
+    /// Learn that `count` keys, of which `k` are to be taken, reach `guess`.
+    #[inline(always)]
+    fn learn(&mut self, guess: i32, count: usize, k: usize) {
+        if count > k {
+            (self.low, self.over, self.low_counted) = (guess, count - k, true);
+        } else {
+            (self.high, self.under, self.high_counted) = (guess, k - count, true);
+        }
+    }
+
+    /// The threshold that takes neither too many nor too few.
+    #[inline(always)]
+    fn found(&self) -> Option<i32> {
+        (self.under == 0).then_some(self.high)
+    }
+
+    /// How far apart two neighbouring keys are, if that can be told.
+    #[inline(always)]
+    fn spacing(&self) -> Option<f64> {
+        let inside = self.over + self.under;
+        let told = self.low_counted && self.high_counted && inside >= 16 && self.high - self.low > 1;
+        told.then(|| f64::from(self.high - self.low) / inside as f64)
+    }
+
     /// Where to look, when both ends were counted: where the cut is expected, and as far around as chance may have it.
     #[inline(always)]
     fn expected(&self, turn: u32) -> Range<i32> {
@@ -121,7 +178,51 @@ impl Bracket {
         let (over, under, inside) = (self.over as f64, self.under as f64, inside as f64);
         let reach = (2.5 * (over * under / inside).sqrt() + 2.0) / inside;
         let part = over / inside;
-        self.low + (width * (part - reach)) as i32..self.low.saturating_add((width * (part + reach)) as i32)
+        self.low.saturating_add((width * (part - reach)) as i32)
+            ..self.low.saturating_add((width * (part + reach)) as i32)
+    }
+
+    /// A threshold to count the keys that reach it.
+    #[inline(always)]
+    fn guess(&mut self, turn: u32, hint: &Hint) -> i32 {
+        if turn == 0 && hint.spacing > 0.0 {
+            return hint.key;
+        }
+        let width = f64::from(self.high - self.low);
+        // From the counted end, `missing` keys away, far enough that chance seldom leaves them all on one side.
+        let beyond = |missing: usize| {
+            let missing = missing as f64;
+            self.reach * hint.spacing * (missing + 1.5 * missing.sqrt())
+        };
+        let step = if turn % 8 == 7 {
+            // Bisection now and then bounds the number of turns whatever the distribution.
+            width * 0.5
+        } else if self.low_counted == self.high_counted || hint.spacing == 0.0 {
+            width * (self.low_weight / (self.low_weight + self.high_weight))
+        } else if self.low_counted {
+            beyond(self.over)
+        } else {
+            width - beyond(self.under)
+        };
+        self.reach *= 2.0;
+        self.low.saturating_add(step as i32)
+    }
+
+    /// Learn what a guess led to.
+    #[inline(always)]
+    fn guessed(&mut self, guess: i32, count: usize, k: usize) {
+        self.learn(guess, count, k);
+        let to_low = count > k;
+        let again = self.last_low == Some(to_low);
+        let halved = if again { 0.5 } else { 1.0 };
+        if to_low {
+            self.low_weight = self.over as f64;
+            self.high_weight *= halved;
+        } else {
+            self.high_weight = self.under as f64;
+            self.low_weight *= halved;
+        }
+        self.last_low = Some(to_low);
     }
 }
 
@@ -160,25 +261,11 @@ fn search<L: Lanes, const CHECK: bool>(
     if !chosen {
         return Some(if k == 0 { Cut::NOTHING } else { Cut { key: 0, position: 0 } });
     }
-    let mut bracket = Bracket {
-        low: 0,
-        high: field.most.saturating_add(1),
-        over: field.count - k,
-        under: k,
-        low_counted: false,
-        high_counted: false,
-    };
-    // The weights are `over` and `under`, but halved when their end has not moved for a while (the Illinois rule), so that a guess
-    // falls on its other side.
-    let (mut low_weight, mut high_weight) = (bracket.over as f64, bracket.under as f64);
-    let mut last_low = None;
-    let mut reach = 1.0;
+    let mut bracket = Bracket::of(k, field);
     let mut turn = 0;
-    let mut guess = hint.key;
     // What is searched, how many that is, and how many keys a threshold below all of it takes.
     let (mut packed, mut len, mut total) = (None, keys.len(), field.count);
     while bracket.high - bracket.low > 1 {
-        let Bracket { low, high, over, under, low_counted, high_counted } = bracket;
         let [first, second] = &mut memory.near;
         let (source, target) = match packed {
             None => (keys, first),
@@ -190,110 +277,51 @@ fn search<L: Lanes, const CHECK: bool>(
             && let Some(few) = source.first_chunk()
         {
             let key = ranked(lanes, few, len, k + len - total);
-            let source = &source[..len];
-            let taken = total - count_below(source, key);
-            if taken == k {
-                hint.key = key;
-                return Some(Cut { key, position: 0 });
+            bracket.learn(key, total - count_below(&source[..len], key), k);
+            if bracket.high != key {
+                bracket.learn(key + 1, total - count_below(&source[..len], key + 1), k);
             }
-            bracket = Bracket { low: key, high: key + 1, under: k + count_below(source, key + 1) - total, ..bracket };
-            continue;
-        }
-        let source = &source[..len];
-        let window = if turn == 0 && by_hint {
-            let (k, n) = (k as f64, field.count as f64);
-            let reach = (hint.spacing * (3.0 * (k * (n - k) / n).sqrt() + 4.0)) as i32;
-            Some(hint.key.saturating_sub(reach)..hint.key.saturating_add(reach))
-        } else if L::PACKS && low_counted && high_counted {
-            Some(bracket.expected(turn))
-        } else {
-            None
-        };
-        if let Some(Range { start, end }) = window {
-            let start = start.clamp(low, high - 1);
-            let end = end.clamp(start + 1, high);
+        } else if L::PACKS && (turn == 0 && by_hint || bracket.low_counted && bracket.high_counted) {
+            let window = if turn == 0 { hint.around(k, field.count) } else { bracket.expected(turn) };
+            let start = window.start.clamp(bracket.low, bracket.high - 1);
+            let end = window.end.clamp(start + 1, bracket.high);
             at_least(target, len.max(RANKED));
-            let look = lanes.look(source, start..end, &mut target[..len]);
+            let look = lanes.look(&source[..len], start..end, &mut target[..len]);
             if CHECK && turn == 0 && look.worst > field.most as u32 {
                 return None;
             }
-            turn += 1;
             let from_start = total - look.below;
             let from_end = from_start - look.inside;
-            if from_end >= k {
-                bracket = Bracket { low: end, over: from_end - k, low_counted: true, ..bracket };
-            } else if from_start > k {
+            if from_end < k && k < from_start {
                 (packed, len, total) = (Some(packed == Some(false)), look.inside, from_start);
-                (bracket.low, bracket.over, bracket.low_counted) = (start, from_start - k, true);
-                (bracket.high, bracket.under, bracket.high_counted) = (end, k - from_end, true);
-                if look.inside >= 16 {
-                    hint.spacing = f64::from(end - start) / look.inside as f64;
-                }
-            } else {
-                bracket = Bracket { high: start, under: k - from_start, high_counted: true, ..bracket };
             }
-            if bracket.over == 0 || bracket.under == 0 {
-                hint.key = if bracket.over == 0 { bracket.low } else { bracket.high };
-                return Some(Cut { key: hint.key, position: 0 });
+            bracket.learn(start, from_start, k);
+            if from_start > k {
+                bracket.learn(end, from_end, k);
             }
-            continue;
-        }
-        if turn > 0 || hint.spacing == 0.0 {
-            let width = f64::from(high - low);
-            // From the counted end, `missing` keys away, far enough that chance seldom leaves them all on one side.
-            let beyond = |missing: usize| {
-                let missing = missing as f64;
-                reach * hint.spacing * (missing + 1.5 * missing.sqrt())
-            };
-            let step = if turn % 8 == 7 {
-                // Bisection now and then bounds the number of turns whatever the distribution.
-                width * 0.5
-            } else if low_counted == high_counted || hint.spacing == 0.0 {
-                width * (low_weight / (low_weight + high_weight))
-            } else if low_counted {
-                beyond(over)
-            } else {
-                width - beyond(under)
-            };
-            reach *= 2.0;
-            guess = low.saturating_add(step as i32);
-        }
-        turn += 1;
-        guess = guess.clamp(low + 1, high - 1);
-        let count = total - count_below(source, guess);
-        let to_low = count > k;
-        if to_low {
-            bracket = Bracket { low: guess, over: count - k, low_counted: true, ..bracket };
-            low_weight = bracket.over as f64;
+            turn += 1;
         } else {
-            bracket = Bracket { high: guess, under: k - count, high_counted: true, ..bracket };
-            high_weight = bracket.under as f64;
+            let guess = bracket.guess(turn, hint).clamp(bracket.low + 1, bracket.high - 1);
+            bracket.guessed(guess, total - count_below(&source[..len], guess), k);
+            turn += 1;
         }
-        let inside = bracket.over + bracket.under;
-        if bracket.low_counted && bracket.high_counted && inside >= 16 {
-            hint.spacing = f64::from(bracket.high - bracket.low) / inside as f64;
+        hint.spacing = bracket.spacing().unwrap_or(hint.spacing);
+        if let Some(key) = bracket.found() {
+            hint.key = key;
+            return Some(Cut { key, position: 0 });
         }
-        if count == k {
-            hint.key = guess;
-            return Some(Cut { key: guess, position: 0 });
-        }
-        if last_low == Some(to_low) {
-            if to_low {
-                high_weight *= 0.5;
-            } else {
-                low_weight *= 0.5;
-            }
-        }
-        last_low = Some(to_low);
     }
-    let Bracket { low: key, under, .. } = bracket;
-    hint.key = key;
-    let ties = &mut memory.ties;
+    hint.key = bracket.low;
+    Some(Cut { key: bracket.low, position: tied(keys, bracket, &mut memory.ties, positions) })
+}
+
+/// The first position that is taken of those whose key is the bracket's low one.
+#[inline(always)]
+fn tied(keys: &[i32], bracket: Bracket, ties: &mut Vec<i32>, positions: impl Fn(usize) -> i32) -> i32 {
     ties.clear();
-    ties.extend(keys.iter().enumerate().filter(|&(_, &other)| other == key).map(|(i, _)| positions(i)));
-    let from = ties.len() - under;
-    let (_, &mut position, _) = ties.select_nth_unstable(from);
-    Some(Cut { key, position })
+    ties.extend(keys.iter().enumerate().filter(|&(_, &key)| key == bracket.low).map(|(i, _)| positions(i)));
+    let from = ties.len() - bracket.under;
+    *ties.select_nth_unstable(from).1
 }
 
 thread_local! {
@@ -421,6 +449,24 @@ mod tests {
                 fast(&scores[scores.len() / 2..], 1, 1, 1);
                 assert_eq!(fast(&scores, 1, k, 1), naive);
             });
+        }
+    }
+
+    #[test]
+    fn rows_need_not_resemble_each_other() {
+        let n = if cfg!(miri) { 150 } else { 3000 };
+        let shapes: [fn(usize) -> f32; 6] = [
+            |i| (i * 7919 % 3001) as f32,
+            |i| (-((i * 31 % 97) as f32)).exp2(),
+            |_| 0.5,
+            |i| if i % 3 == 0 { 1e-30 } else { 1.0 + (i % 7) as f32 },
+            |i| if i % 50 == 0 { i as f32 } else { 0.0 },
+            |i| f32::from_bits(0x3f80_0000 + i as u32),
+        ];
+        let scores: Vec<f32> = shapes.iter().flat_map(|shape| (0..n).map(shape)).collect();
+        for k in [1, 2, n / 20, n / 2, n - 40, n - 1, n] {
+            let naive: Vec<i32> = scores.chunks(n).flat_map(|row| naive(row, k)).collect();
+            everywhere(|| assert_eq!(fast(&scores, shapes.len(), k, 1), naive));
         }
     }
 

@@ -613,7 +613,8 @@ pub(crate) mod tests {
     fn marks_agree_with_a_filter() {
         let keys = keys();
         everywhere(|| {
-            for (len, bound) in LENGTHS.into_iter().flat_map(|len| [-1, 0, 3, 100, 250, 300].map(|bound| (len, bound))) {
+            for (len, bound) in LENGTHS.into_iter().flat_map(|len| [-1, 0, 3, 100, 250, 300].map(|bound| (len, bound)))
+            {
                 let naive = |matches: &dyn Fn(i32) -> bool, room| {
                     let indices = (0..len).filter(|&i| matches(keys[i])).map(|i| i as i32);
                     indices.take(room).collect::<Vec<_>>()
@@ -631,7 +632,8 @@ pub(crate) mod tests {
     fn a_look_agrees_with_a_filter() {
         let keys = keys();
         everywhere(|| {
-            for (len, window) in LENGTHS.into_iter().flat_map(|len| [0..0, 0..300, 40..90, 256..400].map(|w| (len, w))) {
+            for (len, window) in LENGTHS.into_iter().flat_map(|len| [0..0, 0..300, 40..90, 256..400].map(|w| (len, w)))
+            {
                 let keys = &keys[..len];
                 let near: Vec<i32> = keys.iter().copied().filter(|key| window.contains(key)).collect();
                 let below = keys.iter().filter(|&&key| key < window.start).count();

@@ -79,11 +79,16 @@ where
     let drain = |own: usize| {
         for (i, row) in rows.iter().enumerate().cycle().skip(own).take(rows.len()) {
             loop {
-                let part = take(&mut row.lock().unwrap_or_else(PoisonError::into_inner), i == own);
-                if part.is_empty() {
-                    break;
+                let part = {
+                    let mut left = row.lock().unwrap_or_else(PoisonError::into_inner);
+                    let n = left.len().div_ceil(PART);
+                    let at = left.len() - n;
+                    if i == own { left.split_off_mut(..n) } else { left.split_off_mut(at..) }
+                };
+                match part {
+                    Some(part) if !part.is_empty() => part.iter_mut().filter_map(Option::take).for_each(&work),
+                    _ => break,
                 }
-                part.iter_mut().filter_map(Option::take).for_each(&work);
             }
         }
     };
@@ -97,16 +102,6 @@ where
         }
         drain(0);
     });
-}
-
-/// Take a part from the front of a row, or else from its end.
-fn take<'a, T>(row: &mut &'a mut [T], front: bool) -> &'a mut [T] {
-    let n = row.len().div_ceil(PART);
-    let at = if front { n } else { row.len() - n };
-    let (first, last) = std::mem::take(row).split_at_mut(at);
-    let (part, rest) = if front { (first, last) } else { (last, first) };
-    *row = rest;
-    part
 }
 
 /// Run `work` for every number here, and on as many threads in all as come to take one; on this one again for those that did not.
