@@ -493,3 +493,29 @@ impl Work for Decision<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::tests::everywhere;
+
+    #[test]
+    fn victims_come_in_the_order_of_their_positions() {
+        for n in [0, 1, 5, 63, 64, 65, 200] {
+            // The last two in one place, which no sound ledger has.
+            for equal in [false, true] {
+                let victims: Vec<i32> = (0..n).map(|i| 2 * i + 1).collect();
+                let mut positions: Vec<i32> = (0..2 * n + 2).map(|i| i * 7919 % 1_000_003).collect();
+                if equal && n > 1 {
+                    positions[2 * n as usize - 1] = positions[2 * n as usize - 3];
+                }
+                let mut naive = victims.clone();
+                naive.sort_by_key(|&slot| (positions[slot as usize], slot));
+                everywhere(|| {
+                    let mut scratch = Scratch { victims: victims.clone(), ..Scratch::default() };
+                    assert_eq!(scratch.oldest_first(&positions), naive);
+                });
+            }
+        }
+    }
+}
