@@ -63,8 +63,8 @@ pub(crate) trait Lanes: Copy {
     /// Vectors of numbers.
     type Simd: Simd;
 
-    /// Whether a look at a window takes less than counting again and again.
-    const PACKS: bool;
+    /// From how many keys on a look at a window takes less than counting again and again.
+    const LOOKS_FROM: usize;
 
     fn simd(self) -> Self::Simd;
 
@@ -207,7 +207,7 @@ fn look_from(first: usize, keys: &[i32], window: &Range<i32>, near: &mut [i32], 
 impl<S: Simd> Lanes for Portable<S> {
     type Simd = S;
 
-    const PACKS: bool = false;
+    const LOOKS_FROM: usize = usize::MAX;
 
     #[inline(always)]
     fn simd(self) -> S {
@@ -274,7 +274,8 @@ static SET_LANES: [i64; 256] = {
 impl Lanes for Avx2 {
     type Simd = pulp::x86::V3;
 
-    const PACKS: bool = true;
+    /// Packing takes three times what counting does; it pays where the first-level cache does not hold the keys.
+    const LOOKS_FROM: usize = 1 << 13;
 
     #[inline(always)]
     fn simd(self) -> pulp::x86::V3 {
@@ -409,7 +410,7 @@ const SIXTEEN: [i32; 16] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
 impl Lanes for Avx512 {
     type Simd = pulp::x86::V4;
 
-    const PACKS: bool = true;
+    const LOOKS_FROM: usize = 0;
 
     #[inline(always)]
     fn simd(self) -> pulp::x86::V4 {
