@@ -120,14 +120,22 @@ mod wide {
     /// Even and odd columns, of vectors in turn, one after the other.
     #[inline(always)]
     fn interleave(sums: &mut [f32], lanes: usize) {
-        let mut pairs = [0.0; 64];
-        for block in sums.chunks_exact_mut(2 * lanes) {
-            let pairs = &mut pairs[..2 * lanes];
-            let (even, odd) = block.split_at(lanes);
-            for (pair, (&even, &odd)) in pairs.as_chunks_mut::<2>().0.iter_mut().zip(even.iter().zip(odd)) {
-                *pair = [even, odd];
-            }
-            block.copy_from_slice(pairs);
+        match lanes {
+            16 => interleave_vectors::<16>(sums),
+            8 => interleave_vectors::<8>(sums),
+            4 => interleave_vectors::<4>(sums),
+            _ => interleave_vectors::<1>(sums),
+        }
+    }
+
+    /// With a number of lanes that the compiler knows, so that it shuffles vectors.
+    #[inline(always)]
+    fn interleave_vectors<const LANES: usize>(sums: &mut [f32]) {
+        for [even, odd] in sums.as_chunks_mut::<LANES>().0.as_chunks_mut().0 {
+            let pairs: [[f32; 2]; LANES] = std::array::from_fn(|lane| [even[lane], odd[lane]]);
+            let (first, second) = pairs.as_flattened().split_at(LANES);
+            even.copy_from_slice(first);
+            odd.copy_from_slice(second);
         }
     }
 
@@ -442,8 +450,12 @@ pub fn accumulate<T: Element>(
     })?;
     RESULTS.with_borrow(|results| {
         let (sums, peaks) = results.split_at(mass.len());
-        mass.copy_from_slice(sums);
-        peak.copy_from_slice(peaks);
+        let tiles = mass.chunks_mut(TILE).zip(peak.chunks_mut(TILE)).zip(sums.chunks(TILE).zip(peaks.chunks(TILE)));
+        // By the threads that worked them out, as far as they come: they have them in their caches.
+        threads::for_each(threads, tiles, |((mass, peak), (sums, peaks))| {
+            mass.copy_from_slice(sums);
+            peak.copy_from_slice(peaks);
+        });
     });
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::average::{self, Average, Judge, WithJudge};
 use crate::budget::Split;
-use crate::select::{Cut, FINITE, Field, Hint, OUTSIDE, cut, valid};
+use crate::select::{Cut, FINITE, Field, Hint, Memory, OUTSIDE, at_least, cut, valid};
 use crate::simd::{self, Lanes, Work};
 use crate::sinks::Sinks;
 use crate::worth::{self, Lane, Worth};
@@ -90,6 +90,7 @@ pub(crate) struct Scratch {
     pub(crate) victims: Vec<i32>,
     /// Columns that stay, ascending.
     pub(crate) kept: Vec<i32>,
+    ordered: Vec<i32>,
     by_position: Vec<u64>,
     /// Keys of the peaks of candidates still in contest, `OUTSIDE` for others.
     keys: Vec<i32>,
@@ -100,7 +101,10 @@ pub(crate) struct Scratch {
     positions: Vec<i32>,
     masses: Vec<i32>,
     chosen: Vec<i32>,
-    ties: Vec<i32>,
+    marks: Vec<u64>,
+    memory: Memory,
+    /// Positions, where none of the recent tokens is in its place.
+    looked_at: Vec<i32>,
     /// Where the searches for sinks, peak and mass ended last.
     hints: [Hint; 3],
     /// What stands in for the masses.
@@ -113,13 +117,6 @@ struct Found {
     sinks: usize,
     recent: usize,
     contest: Field,
-}
-
-/// Grow a buffer whose contents do not matter.
-fn at_least(buffer: &mut Vec<i32>, n: usize) {
-    if buffer.len() < n {
-        buffer.resize(n, 0);
-    }
 }
 
 struct Decision<'a> {
@@ -223,12 +220,20 @@ impl Scratch {
     }
 
     /// The victims in the order of their positions.
-    pub(crate) fn oldest_first(&mut self, positions: &[i32]) -> impl ExactSizeIterator<Item = i32> {
-        let entry = |&slot: &i32| u64::from(positions[slot as usize] as u32) << 32 | u64::from(slot as u32);
-        self.by_position.clear();
-        self.by_position.extend(self.victims.iter().map(entry));
-        self.by_position.sort_unstable();
-        self.by_position.iter().map(|&entry| entry as i32)
+    pub(crate) fn oldest_first(&mut self, positions: &[i32]) -> &[i32] {
+        let Self { victims, ordered, by_position, .. } = self;
+        at_least(ordered, victims.len());
+        let ordered = &mut ordered[..victims.len()];
+        if !simd::dispatch(Order { victims, positions, ordered }) {
+            let entry = |&slot: &i32| u64::from(positions[slot as usize] as u32) << 32 | u64::from(slot as u32);
+            by_position.clear();
+            by_position.extend(victims.iter().map(entry));
+            by_position.sort_unstable();
+            for (slot, &entry) in ordered.iter_mut().zip(&*by_position) {
+                *slot = entry as i32;
+            }
+        }
+        ordered
     }
 
     /// Check the scores, find who contends, and count what there is.
@@ -275,13 +280,51 @@ impl Scratch {
 
     /// The position from which exactly `window` candidates that are no pinned sinks are found.
     fn newest(&mut self, window: usize, pinned: i32, candidates: &Candidates<'_>) -> i32 {
-        self.ties.clear();
-        self.ties.extend(candidates.positions().into_iter().filter(|&p| p >= pinned));
-        match self.ties.len().checked_sub(window) {
-            Some(from) if from < self.ties.len() => *self.ties.select_nth_unstable(from).1,
+        self.looked_at.clear();
+        self.looked_at.extend(candidates.positions().into_iter().filter(|&p| p >= pinned));
+        match self.looked_at.len().checked_sub(window) {
+            Some(from) if from < self.looked_at.len() => *self.looked_at.select_nth_unstable(from).1,
             Some(_) => i32::MAX,
             None => 0,
         }
+    }
+}
+
+/// As many victims are compared with each other rather than sorted.
+const ORDERED: usize = 64;
+
+/// Put a few victims in the order of their positions; `false` if they are too many, or two have one position.
+struct Order<'a> {
+    victims: &'a [i32],
+    positions: &'a [i32],
+    ordered: &'a mut [i32],
+}
+
+impl Work for Order<'_> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) -> bool {
+        let Self { victims, positions, ordered } = self;
+        let n = victims.len();
+        if n > ORDERED {
+            return false;
+        }
+        let (mut ages, mut older) = ([0; ORDERED], [0; ORDERED]);
+        for (age, &slot) in ages.iter_mut().zip(victims) {
+            *age = positions[slot as usize];
+        }
+        for (older, some) in older.as_chunks_mut().0.iter_mut().zip(ages.as_chunks().0) {
+            *older = lanes.below(some, &ages[..n]);
+        }
+        // One of every two is older, unless they are equally old.
+        if older[..n].iter().sum::<u32>() as usize != n * n.saturating_sub(1) / 2 {
+            return false;
+        }
+        for (&slot, &older) in victims.iter().zip(&older) {
+            ordered[older as usize] = slot;
+        }
+        true
     }
 }
 
@@ -371,12 +414,13 @@ impl Work for Decision<'_> {
             found = scratch.look(newest, pinned, &candidates, by_peak)?;
         }
 
-        let Scratch { victims, kept, keys, mass, left, positions, masses, chosen, ties, hints, .. } = scratch;
+        let Scratch { victims, kept, keys, mass, left, positions, masses, chosen, marks, memory, hints, .. } = scratch;
         let [by_sinks, by_peaks, by_mass] = hints;
         let position = |i: usize| candidates.position(i);
         let all = [candidates.stored, candidates.columns];
         let mut contest = found.contest;
         let n = candidates.len();
+        let mut cut_all = |keys: &[i32], k, field, hint: &mut Hint| cut(lanes, keys, k, field, hint, position, memory);
         let all_mass = candidates.scores.map_or(&[][..], |scores| scores.mass);
         if rule.sinks == Sinks::Adaptive && split.sinks > 0 {
             mass.resize(n, 0);
@@ -385,15 +429,16 @@ impl Work for Decision<'_> {
                 seen,
                 All { candidates: &candidates, mass: all_mass, keys, taken: OUTSIDE, out: mass },
             );
-            let taken = settle(cut(mass, split.sinks, contest, by_sinks, position, ties), mass, all);
+            let taken = settle(cut_all(mass, split.sinks, contest, by_sinks), mass, all);
             for (key, &mass) in keys.iter_mut().zip(&*mass) {
                 *key |= less(taken - 1, mass) & OUTSIDE;
             }
             contest.count = contest.count.saturating_sub(split.sinks);
         }
+        at_least(marks, n.div_ceil(64));
         let mut taken = OUTSIDE;
         if by_peak {
-            taken = settle(cut(keys, split.peak, contest, by_peaks, position, ties), keys, all);
+            taken = settle(cut_all(keys, split.peak, contest, by_peaks), keys, all);
             contest.count = contest.count.saturating_sub(split.peak);
         }
         if split.mass > 0 && candidates.columns.is_empty() && contest.count <= n / 2 {
@@ -407,10 +452,12 @@ impl Work for Decision<'_> {
             at_least(mass, count);
             let mass = &mut mass[..count];
             average::judge(rule.average, seen, Few { positions, mass: &masses[..count], out: mass });
-            let cut = cut(mass, split.mass, contest, by_mass, |i| positions[i], ties);
+            let cut = cut(lanes, mass, split.mass, contest, by_mass, |i| positions[i], memory);
             let taken = settle(cut, mass, [positions, &[]]);
             at_least(chosen, count);
-            let count = lanes.indices::<false>(mass, taken, chosen);
+            let marks = &mut marks[..count.div_ceil(64)];
+            lanes.mark::<false>(mass, taken, marks);
+            let count = lanes.expand(marks, chosen);
             kept.clear();
             victims.clear();
             victims.extend(chosen[..count].iter().map(|&i| left[i as usize]));
@@ -424,21 +471,51 @@ impl Work for Decision<'_> {
                 seen,
                 All { candidates: &candidates, mass: all_mass, keys: last, taken, out: mass },
             );
-            taken = settle(cut(mass, split.mass, contest, by_mass, position, ties), mass, all);
+            taken = settle(cut_all(mass, split.mass, contest, by_mass), mass, all);
             last = mass;
         }
         let (stored, columns) = last.split_at_mut(candidates.stored.len());
         at_least(chosen, stored.len());
-        let count = lanes.indices::<false>(stored, taken, &mut chosen[..stored.len()]);
+        let words = stored.len().div_ceil(64);
+        lanes.mark::<false>(stored, taken, &mut marks[..words]);
+        let count = lanes.expand(&marks[..words], &mut chosen[..stored.len()]);
         victims.clear();
         victims.extend_from_slice(&chosen[..count]);
         // Padding is no victim, but does not stay.
         for (key, &position) in columns.iter_mut().zip(candidates.columns) {
             *key |= position >> 31;
         }
-        let count = lanes.indices::<true>(columns, taken - 1, &mut chosen[..stored.len()]);
+        let words = columns.len().div_ceil(64);
+        lanes.mark::<true>(columns, taken - 1, &mut marks[..words]);
+        let count = lanes.expand(&marks[..words], &mut chosen[..stored.len()]);
         kept.clear();
         kept.extend_from_slice(&chosen[..count]);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::tests::everywhere;
+
+    #[test]
+    fn victims_come_in_the_order_of_their_positions() {
+        for n in [0, 1, 5, 63, 64, 65, 200] {
+            // The last two in one place, which no sound ledger has.
+            for equal in [false, true] {
+                let victims: Vec<i32> = (0..n).map(|i| 2 * i + 1).collect();
+                let mut positions: Vec<i32> = (0..2 * n + 2).map(|i| i * 7919 % 1_000_003).collect();
+                if equal && n > 1 {
+                    positions[2 * n as usize - 1] = positions[2 * n as usize - 3];
+                }
+                let mut naive = victims.clone();
+                naive.sort_by_key(|&slot| (positions[slot as usize], slot));
+                everywhere(|| {
+                    let mut scratch = Scratch { victims: victims.clone(), ..Scratch::default() };
+                    assert_eq!(scratch.oldest_first(&positions), naive);
+                });
+            }
+        }
     }
 }

@@ -1,15 +1,20 @@
 //! How work is spread over threads.
 //!
-//! Items are pulled one by one from a shared iterator, so a helper that wakes late takes less; the calling thread always works itself.
-//! The thread that called first belongs to the pool and takes back what no helper has begun: where the cores are busy with other work it
-//! waits for nobody. Every item is independent, so results do not depend on the thread count.
+//! Each thread has its own row of neighbouring items, so that caches keep what they hold from one pass to the next and nobody fetches
+//! ahead what another one reads; who is done takes from the end of others' rows, so that a helper that wakes late does less. The calling
+//! thread always works itself. The thread that called first belongs to the pool and takes back what no helper has begun: where the cores
+//! are busy with other work it waits for nobody. Every item is independent, so results do not depend on the thread count.
 
+use std::ops::Range;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::error::{Result, fail};
 
 /// Caps the threads of every call that names no cap itself.
 pub const VARIABLE: &str = "LIQUIDFUSION_NUM_THREADS";
+
+/// The part of what is left of a row that is taken at a time: small enough that the threads end together.
+const PART: usize = 8;
 
 struct Pool {
     pool: rayon::ThreadPool,
@@ -67,33 +72,45 @@ where
     let Some(pool) = (threads > 1).then(helpers).flatten() else {
         return items.for_each(work);
     };
-    let items = Mutex::new(items);
-    let drain = || {
-        loop {
-            let next = items.lock().unwrap_or_else(PoisonError::into_inner).next();
-            let Some(item) = next else { break };
-            work(item);
+    let mut items: Vec<Option<I::Item>> = items.map(Some).collect();
+    let threads = threads.min(pool.current_num_threads());
+    let per_row = items.len().div_ceil(threads).max(1);
+    let rows: Vec<_> = items.chunks_mut(per_row).map(Mutex::new).collect();
+    let drain = |own: usize| {
+        for (i, row) in rows.iter().enumerate().cycle().skip(own).take(rows.len()) {
+            loop {
+                let part = {
+                    let mut left = row.lock().unwrap_or_else(PoisonError::into_inner);
+                    let n = left.len().div_ceil(PART);
+                    let at = left.len() - n;
+                    if i == own { left.split_off_mut(..n) } else { left.split_off_mut(at..) }
+                };
+                match part {
+                    Some(part) if !part.is_empty() => part.iter_mut().filter_map(Option::take).for_each(&work),
+                    _ => break,
+                }
+            }
         }
     };
-    let threads = threads.min(pool.current_num_threads());
     if pool.current_thread_index().is_some() {
-        return pool.install(|| spread(threads, &drain));
+        return pool.install(|| spread(0..threads, &drain));
     }
     pool.in_place_scope(|scope| {
-        for _ in 1..threads {
-            scope.spawn(|_| drain());
+        for helper in 1..threads {
+            let drain = &drain;
+            scope.spawn(move |_| drain(helper));
         }
-        drain();
+        drain(0);
     });
 }
 
-/// Run `work` here, and on as many threads in all as come to take it; on this one again for those that did not.
-fn spread(threads: usize, work: &(impl Fn() + Sync)) {
-    if threads < 2 {
-        return work();
+/// Run `work` for every number here, and on as many threads in all as come to take one; on this one again for those that did not.
+fn spread(numbers: Range<usize>, work: &(impl Fn(usize) + Sync)) {
+    if numbers.len() < 2 {
+        return work(numbers.start);
     }
-    let half = threads / 2;
-    rayon::join(|| spread(threads - half, work), || spread(half, work));
+    let half = numbers.start + numbers.len().div_ceil(2);
+    rayon::join(|| spread(numbers.start..half, work), || spread(half..numbers.end, work));
 }
 
 #[cfg(test)]

@@ -2,6 +2,9 @@
 
 mod machine;
 
+use std::process::{Command, Stdio};
+
+use liquidfusion_core::simd::VARIABLE;
 use proptest::prelude::*;
 
 proptest! {
@@ -10,5 +13,19 @@ proptest! {
     #[test]
     fn agrees_with_the_naive_core(bytes in proptest::collection::vec(any::<u8>(), 1..if cfg!(miri) { 400 } else { 6000 })) {
         machine::run(&bytes);
+    }
+}
+
+/// The same with each instruction set that is not the widest here.
+#[test]
+#[cfg_attr(miri, ignore = "Miri starts no processes")]
+fn agrees_with_narrower_instructions() {
+    if std::env::var_os(VARIABLE).is_some() {
+        return;
+    }
+    for instructions in ["avx2", "scalar"] {
+        let mut again = Command::new(std::env::current_exe().expect("tests have a path"));
+        let status = again.arg("agrees_with_the_naive_core").env(VARIABLE, instructions).stdout(Stdio::null()).status();
+        assert!(status.expect("it starts").success(), "{instructions}");
     }
 }
