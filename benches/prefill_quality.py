@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from liquidfusion.bench import decoding, machine, models
-from liquidfusion.bench.caches import CacheOptions
+from liquidfusion.bench.caches import CacheMaker, CacheOptions, FrameworkCache
 from liquidfusion.bench.stats import bootstrap
 from liquidfusion.bench.texts import read_text
 from liquidfusion.exceptions import LiquidFusionError
@@ -33,7 +33,7 @@ ONE_CALL = 0
 """As the size of a prompt's calls: all of it at once."""
 
 
-def follow(loaded: models.Loaded, options: CacheOptions, segment: Sequence[int], size: int, args: Any) -> np.ndarray:
+def follow(loaded: models.Loaded, options: CacheMaker, segment: Sequence[int], size: int, args: Any) -> np.ndarray:
     """Losses of the tokens after the prompt, in blocks; the prompt in calls of `size` tokens."""
     ids = torch.tensor([segment], device=loaded.model.device)
     stream = decoding.Stream(loaded.model, options.make(loaded.model, args.prompt))
@@ -81,9 +81,11 @@ def measure(loaded: models.Loaded, ids: Sequence[int], args: argparse.Namespace)
     segments = [first + list(ids[at : at + body]) for at in range(0, len(ids) - body + 1, body)][: args.limit]
     if not segments:
         raise LiquidFusionError(f"{args.text} has {len(ids)} tokens, too few for one segment of {body}")
-    ways = [(f"{c.strategy}, budget {c.budget}", c, size) for c in args.caches for size in args.sizes]
-    if args.full:
-        ways.append(("full cache", CacheOptions(strategy="full"), args.sizes[0]))
+    ways: list[tuple[str, CacheMaker, int]] = [
+        (f"{cache.strategy}, budget {cache.budget}", cache, size) for cache in args.caches for size in args.sizes
+    ]
+    if args.full:  # transformers' own, to which calls make no difference
+        ways.append(("full cache", FrameworkCache(), args.sizes[0]))
     found: dict[str, list[np.ndarray]] = {}
     result: dict[str, Any] = {}
     for number, segment in enumerate(segments, 1):
