@@ -41,6 +41,8 @@ class Rules:
         Looks at a token count from the query this many tokens later; at most the recent window of the whole budget.
     averaged : bool
         Mass is judged per query that could look at the token: divided by what those queries weigh.
+    half_life : int
+        An averaged mass halves with every so many queries that could look, 24 times at most; 0: it does not.
     peak_reach : float
         Looks at a token by its own chunk count for its peak up to this distance.
     weighted : bool
@@ -65,6 +67,7 @@ class Rules:
     look_gap: int = 0
     peak_reach: float = math.inf
     averaged: bool = False
+    half_life: int = 0
     weighted: bool = False
     window: int | None = None
     pool: int = 0
@@ -111,7 +114,7 @@ def _h2o(budget: int | None) -> Rules:
 def _liquid_fusion(budget: int | None) -> Rules:
     return Rules(
         budget, sink_size=4, heavy=0.75, recent=0.25, peak_ratio=0.6, gamma=gamma_of(0.3),
-        peak_reach=math.inf if budget is None else budget, look_gap=8, averaged=True, weighted=True,
+        peak_reach=math.inf if budget is None else budget, look_gap=8, averaged=True, half_life=4096, weighted=True,
     )  # fmt: skip
 
 
@@ -148,7 +151,7 @@ LISTENS: dict[str, frozenset[str]] = {
     "liquid_fusion": frozenset(
         {
             *("sink_size", "adaptive", "heavy", "recent", "peak_ratio"),
-            *("gamma", "look_gap", "peak_reach", "averaged", "weighted"),
+            *("gamma", "look_gap", "peak_reach", "averaged", "half_life", "weighted"),
         }
     ),
     "tova": frozenset(),
@@ -319,7 +322,8 @@ class Twin:
         if not self.rules.averaged:
             return mass
         could_look = max(1, self.seen - self.rules.gap - position)
-        return mass / _weight_of(could_look, self.rules.gamma)
+        age = min(24.0, could_look / self.rules.half_life) if self.rules.half_life else 0.0
+        return mass / _weight_of(could_look, self.rules.gamma) / 2.0**age
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -522,6 +522,7 @@ def test_every_strategy_describes_itself(info):
         ({"window_size": 0}, "window_size must be an integer from 1"),
         ({"budget": 84, "eviction_interval": 11}, "eviction_interval must be at most 10 .*, got 11"),
         ({"peak_reach": 0}, "peak_reach must be an integer from 1 to 2147483647, got 0"),
+        ({"age_half_life": -1}, "age_half_life must be an integer from 0 to 2147483647, got -1"),
         ({"sinks": "loose"}, 'sinks must be "pinned" or "adaptive", got "loose"'),
         ({"value_weighted": 2}, "value_weighted must be True or False, got 2"),
     ],

@@ -30,6 +30,7 @@ def drive(
     ratios: tuple[float, float, float] | None = None,
     looks: tuple[int, bool, bool] | None = None,
     reach: int | None = None,
+    half_life: int | None = None,
     **shape: Any,
 ) -> Drive:
     """Ledger and twins with the same parameters; the product gets them all, the twin's rules say which ones count."""
@@ -43,6 +44,8 @@ def drive(
     if looks is not None:
         given |= dict(zip(("look_gap", "averaged", "weighted"), looks, strict=True))
         options |= dict(zip(("look_gap", "averaged", "value_weighted"), looks, strict=True))
+    if half_life is not None:
+        given["half_life"] = options["age_half_life"] = half_life
     if reach is not None:
         given["peak_reach"] = options["peak_reach"] = reach
     spec = _core.Spec(strategy, budget, eviction_interval=interval, **options)
@@ -77,6 +80,7 @@ def test_defaults_are_the_twins(strategy: str) -> None:
     if not spec.bounded:
         return
     assert (spec.look_gap, spec.averaged, spec.value_weighted) == (own.gap, own.averaged, own.weighted)
+    assert (spec.params["age_half_life"] or 0) == own.half_life
     assert (math.inf if spec.peak_reach is None else spec.peak_reach) == own.peak_reach
     assert spec.interval == max(1, min(budget // 32, (budget - own.sink_size) // 8))
     for keep in range(own.sink_size + 1, budget + 1):
@@ -153,6 +157,7 @@ def test_drawn_shapes_and_budgets(strategy: str, data: st.DataObject) -> None:
         ratios=data.draw(st.sampled_from([None, (0.2, 0.3, 0.5), (1.0, 0.2, 1.0), (0.5, 1.0, 0.0)]), "ratios"),
         looks=data.draw(st.sampled_from([None, (0, False, False), (1, True, False), (30, True, True)]), "looks"),
         reach=data.draw(st.sampled_from([None, 1, 12]), "reach"),
+        half_life=data.draw(st.sampled_from([None, 0, 4, 50]), "half_life"),
         layers=data.draw(st.integers(1, 2), "layers"),
         batch=batch,
         kv_heads=1 if batch == 3 else data.draw(st.integers(1, 2), "kv_heads"),

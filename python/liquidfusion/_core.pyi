@@ -68,6 +68,7 @@ class Spec:
         look_gap: SupportsIndex | None = None,
         peak_reach: SupportsIndex | None = None,
         averaged: bool | None = None,
+        age_half_life: SupportsIndex | None = None,
     ) -> Spec: ...
     @property
     def strategy(self) -> str: ...

@@ -97,14 +97,14 @@ def visible(query_positions: Tensor, key_positions: Tensor, window: int) -> Tens
     query_positions : Tensor
         `[batch, queries]`, -1 for padding.
     key_positions : Tensor
-        `[batch, kv_heads, keys]`, -1 for an empty slot or padding.
+        `[batch, kv_heads, keys]`, -1 for an empty slot or padding; 1 for `kv_heads` where all see the same.
     window : int
         Sliding window in tokens, 0 for none.
 
     Returns
     -------
     Tensor
-        bool `[batch, kv_heads, 1, queries, keys]`.
+        bool `[batch, kv_heads, 1, queries, keys]`, or 1 for `kv_heads` as in `key_positions`.
     """
     q, k = query_positions[:, None, :, None], key_positions[:, :, None, :]
     mask = (k >= 0) & (k <= q)
@@ -147,9 +147,10 @@ def attend(
     if observe is None and not softcap:
         if mask is None:
             return F.scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=True)
-        full = mask.expand(-1, kv_heads, heads // kv_heads, -1, -1).flatten(1, 2)
-        output = F.scaled_dot_product_attention(query, keys, values, attn_mask=full, scale=scale, enable_gqa=True)
-        return output.masked_fill(~full.any(-1, keepdim=True), 0.0)
+        shared = mask.shape[1] == 1
+        each = mask[:, :, 0] if shared else mask.expand(-1, -1, heads // kv_heads, -1, -1).flatten(1, 2)
+        output = F.scaled_dot_product_attention(query, keys, values, attn_mask=each, scale=scale, enable_gqa=True)
+        return output.masked_fill(~each.any(-1, keepdim=True), 0.0)
     # One product for the whole group: its query heads are more rows against the same keys.
     scores = (grouped.flatten(2, 3) @ keys.transpose(2, 3)).view(*grouped.shape[:4], -1).float().mul_(scale)
     if softcap:

@@ -50,10 +50,11 @@ class KVCache(Cache):
     sink_size, sink_update_rate, heavy_ratio, recent_ratio, peak_ratio, eviction_interval, sinks
         Parameters of the strategy; None is the strategy's own default. One that the strategy does not use is checked,
         ignored and None in `spec.params`.
-    value_weighted, look_gap, peak_reach, averaged
+    value_weighted, look_gap, peak_reach, averaged, age_half_life
         What liquid_fusion's scores count, likewise: looks times the length of the token's value over its key's, only
         looks from `look_gap` tokens away or more, for the peak within one chunk only those from up to `peak_reach`
-        tokens away (default: the budget), and mass per query that could look.
+        tokens away (default: the budget), mass per query that could look, and half of that for every `age_half_life`
+        tokens of the token's age (0: whatever its age).
     positions : str
         What rotary positions are. `absolute`: the token's index in its sequence, as without a KVCache. `cache`: its
         rank among the kept tokens (StreamingLLM), so that a text may go on far past the positions that the model knows.
@@ -109,6 +110,7 @@ class KVCache(Cache):
         look_gap: int | None = None,
         peak_reach: int | None = None,
         averaged: bool | None = None,
+        age_half_life: int | None = None,
         positions: str = "absolute",
         threads: int | None = None,
         graph: bool = True,
@@ -133,6 +135,7 @@ class KVCache(Cache):
             look_gap=look_gap,
             peak_reach=peak_reach,
             averaged=averaged,
+            age_half_life=age_half_life,
         )
         if positions not in POSITIONS:
             raise ConfigError(f"positions={positions!r}; {list(POSITIONS)} are accepted")
@@ -862,16 +865,18 @@ class Call:
                 mass, peak = torch.cat((layer.mass, mass), 2), torch.cat((layer.peak, peak), 2)
 
         output = torch.empty_like(query)
+        # Without stored tokens every head sees the same ones, and one mask serves all.
+        seen_positions = all_positions if stored else all_positions[:, :1]
         rows = self.batch * query.shape[1]
         for block in attention.blocks(rows, self.columns, stored + self.columns, key.device):
             end = stored + block.stop  # no query of this block sees a later column
-            mask = attention.visible(query_positions[:, block], all_positions[..., :end], window)
+            mask = attention.visible(query_positions[:, block], seen_positions[..., :end], window)
             observe = None
             if mass is not None and peak is not None:
                 observe = self._observer(
                     ages[:, block].contiguous(),
                     query_positions[:, block],
-                    all_positions[..., :end],
+                    seen_positions[..., :end],
                     None if weights is None else weights[..., :end].contiguous(),
                     mass,
                     peak,

@@ -38,7 +38,7 @@ class CacheOptions:
         Tokens kept for each layer, row and kv head; excludes `cache_size`.
     window_size, sink_size, sink_update_rate, heavy_ratio, recent_ratio, peak_ratio, eviction_interval, sinks
         As :class:`liquidfusion.KVCache` takes them.
-    value_weighted, look_gap, peak_reach, averaged, positions, threads, graph, compile, overlap
+    value_weighted, look_gap, peak_reach, averaged, age_half_life, positions, threads, graph, compile, overlap
         Likewise.
     """
 
@@ -57,6 +57,7 @@ class CacheOptions:
     look_gap: int | None = None
     peak_reach: int | None = None
     averaged: bool | None = None
+    age_half_life: int | None = None
     positions: str | None = None
     threads: int | None = None
     graph: bool | None = None

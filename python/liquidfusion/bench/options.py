@@ -75,6 +75,7 @@ CACHE_OPTIONS = (
     _option("peak_reach", int, "In a chunk, count peaks up to this many tokens away.", "budget"),
     _switch("value_weighted", "Count a look by the length of the value over the key's.", "on"),
     _switch("averaged", "Judge gathered attention per query that could look.", "on"),
+    _option("age_half_life", int, "Tokens of age that halve a look's worth; 0: none.", "4096"),
     _option("positions", str, "absolute, cache (rank among the kept tokens) or auto.", "absolute", panel=HOW),
     _option("threads", int, "Threads of the Rust core.", "all cores", panel=HOW),
     _switch("graph", "On an NVIDIA GPU, replay each decode step as one CUDA graph.", "on"),

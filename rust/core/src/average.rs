@@ -1,6 +1,8 @@
 //! A token's average look: its attention mass divided by what the queries that could look at it weigh.
 //!
-//! A young token was seen by fewer queries than an old one, so its plain sum is smaller however hard each of them looked.
+//! A young token was seen by fewer queries than an old one, so its plain sum is smaller however hard each of them looked. An old one
+//! may be a second sink: every query looks at it a little for its short key's sake, and it would stay for ever; so a look's worth
+//! halves with the token's age.
 
 use crate::spec::Spec;
 
@@ -8,19 +10,33 @@ use crate::spec::Spec;
 #[derive(Debug, Clone)]
 pub(crate) struct Average {
     gap: i32,
-    /// The factor of `i` queries; the last one is that of any more. `None` without decay, where it is one over the number.
-    table: Option<Vec<f32>>,
+    /// Whether older queries weigh less.
+    fades: bool,
+    /// The factor of `i` queries; the last one is that of any more. Where all queries weigh the same it is yet to be divided by their
+    /// number.
+    table: Vec<f32>,
 }
+
+/// Halvings of a token's worth by its age; older tokens are as old as that.
+const MOST_HALVINGS: f64 = 24.0;
+
+/// Entries of a table at most: 4 MiB, and more tokens than the contexts of today.
+const MOST_ENTRIES: usize = 1 << 20;
 
 impl Average {
     /// The factors of a strategy, or `None` where it judges by the plain mass.
     pub(crate) fn of(spec: &Spec) -> Option<Self> {
         spec.averaged().then(|| {
             let decay = spec.mass_decay();
-            // Weights below e^-20 of the first no longer change the sum in f32, and no context has 2^20 tokens that matter before.
-            let entries = ((-20.0 / decay.ln()).ceil() as usize).clamp(1, 1 << 20) + 1;
-            let table = (decay < 1.0).then(|| (0..entries).map(|queries| factor(decay, queries)).collect());
-            Self { gap: spec.look_gap() as i32, table }
+            let fades = decay < 1.0;
+            // Weights below e^-20 of the first no longer change the sum in f32.
+            let fading = if fades { (-20.0 / decay.ln()).ceil() as usize } else { 0 };
+            let aging = spec.age_half_life().map_or(0.0, |tokens| MOST_HALVINGS * tokens as f64) as usize;
+            let last = fading.max(aging).clamp(1, MOST_ENTRIES);
+            let age = |queries: usize| spec.age_half_life().map_or(1.0, |tokens| halved(queries, tokens));
+            let factor = |queries: usize| (age(queries) * weight(decay, queries)) as f32;
+            let table = (0..=last).map(|queries| factor(queries.max(1))).collect();
+            Self { gap: spec.look_gap() as i32, fades, table }
         })
     }
 }
@@ -52,23 +68,22 @@ pub(crate) fn judge(average: Option<&Average>, seen: i32, work: impl WithJudge) 
     let Some(average) = average else { return work.run(Plain) };
     // The position that no query has looked at which counts.
     let newest = seen.saturating_sub(average.gap).max(0);
-    match &average.table {
-        Some(table) => work.run(PerWeight { newest, table }),
-        None => work.run(PerQuery { newest }),
-    }
+    let table = &average.table;
+    if average.fades { work.run(PerWeight { newest, table }) } else { work.run(PerQuery { newest, table }) }
 }
 
 /// The mass itself.
 #[derive(Clone, Copy)]
 struct Plain;
 
-/// The mass per query that could look, where none fades.
+/// The mass per query that could look, where none fades, times the age's factor.
 #[derive(Clone, Copy)]
-struct PerQuery {
+struct PerQuery<'a> {
     newest: i32,
+    table: &'a [f32],
 }
 
-/// The mass per weight of the queries that could look, whose inverse is in a table.
+/// The mass times what the number of queries that could look has in a table.
 #[derive(Clone, Copy)]
 struct PerWeight<'a> {
     newest: i32,
@@ -85,17 +100,19 @@ impl Judge for Plain {
     }
 }
 
-impl Judge for PerQuery {
+impl Judge for PerQuery<'_> {
     #[inline(always)]
     fn prepare(self, positions: &[i32], words: &mut [i32]) {
+        let last = self.table.len() - 1;
         for (word, &position) in words.iter_mut().zip(positions) {
-            *word = queries(self.newest, position).max(1);
+            let queries = queries(self.newest, position).max(1);
+            *word = (self.table[last.min(queries as usize)] / queries as f32).to_bits() as i32;
         }
     }
 
     #[inline(always)]
-    fn judged(self, mass: f32, queries: i32) -> f32 {
-        mass / queries as f32
+    fn judged(self, mass: f32, factor: i32) -> f32 {
+        mass * f32::from_bits(factor as u32)
     }
 }
 
@@ -129,11 +146,14 @@ impl Judge for PerWeight<'_> {
     }
 }
 
-/// One over the summed weights of `queries` queries.
-fn factor(decay: f64, queries: usize) -> f32 {
-    let queries = queries.max(1) as f64;
-    let weights = if decay < 1.0 { (1.0 - decay.powf(queries)) / (1.0 - decay) } else { queries };
-    (1.0 / weights) as f32
+/// What is left of a look at a token that `queries` queries could look at, if `half_life` of them halve it.
+fn halved(queries: usize, half_life: usize) -> f64 {
+    (-(queries as f64 / half_life as f64).min(MOST_HALVINGS)).exp2()
+}
+
+/// One over the summed weights of `queries` queries, or 1 where all weigh the same.
+fn weight(decay: f64, queries: usize) -> f64 {
+    if decay < 1.0 { (1.0 - decay) / (1.0 - decay.powf(queries as f64)) } else { 1.0 }
 }
 
 #[cfg(test)]
@@ -160,7 +180,12 @@ mod tests {
     #[test]
     fn an_even_look_gives_every_age_the_same_average() {
         for rate in [0.0, 0.01, 0.3, 1.0] {
-            let request = Request { sink_update_rate: Some(rate), budget: Some(64), ..Request::default() };
+            let request = Request {
+                sink_update_rate: Some(rate),
+                budget: Some(64),
+                age_half_life: Some(0),
+                ..Request::default()
+            };
             let spec = Spec::new("liquid_fusion", &request).unwrap();
             let average = Average::of(&spec).unwrap();
             let seen = 20_000;
@@ -173,6 +198,31 @@ mod tests {
             judge(Some(&average), seen, Fill { positions: &positions, mass: &mass, looks: &mut looks });
             for look in looks {
                 assert!((look - 0.25).abs() < 1e-4, "rate {rate}: {look}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_old_look_counts_half_after_each_half_life() {
+        for rate in [0.0, 0.3] {
+            let request = Request {
+                sink_update_rate: Some(rate),
+                budget: Some(64),
+                age_half_life: Some(100),
+                ..Request::default()
+            };
+            let spec = Spec::new("liquid_fusion", &request).unwrap();
+            let average = Average::of(&spec).unwrap();
+            let seen = 200_000;
+            let ages = [50, 100, 250, 2400, 150_000];
+            let positions = ages.map(|age| seen - spec.look_gap() as i32 - age);
+            let decay = spec.mass_decay();
+            let mass = ages.map(|age| (0..age).map(|age| decay.powi(age)).sum::<f64>() as f32);
+            let mut looks = [0.0; 5];
+            judge(Some(&average), seen, Fill { positions: &positions, mass: &mass, looks: &mut looks });
+            let expected = [0.5, 1.0, 2.5, 24.0, 24.0].map(|halvings: f32| (-halvings).exp2());
+            for (look, expected) in looks.iter().zip(expected) {
+                assert!((look / expected - 1.0).abs() < 1e-4, "rate {rate}: {looks:?}");
             }
         }
     }

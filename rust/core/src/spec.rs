@@ -35,6 +35,8 @@ pub struct Request {
     pub peak_reach: Option<i64>,
     /// Whether mass is judged per query that could look.
     pub averaged: Option<bool>,
+    /// Tokens of age that halve an averaged look; 0 for none.
+    pub age_half_life: Option<i64>,
 }
 
 /// A strategy ready for use.
@@ -78,6 +80,7 @@ impl Spec {
         let interval = asked("eviction_interval", request.eviction_interval, 1)?;
         let look_gap = asked("look_gap", request.look_gap, 0)?;
         let peak_reach = asked("peak_reach", request.peak_reach, 1)?;
+        let age_half_life = asked("age_half_life", request.age_half_life, 0)?;
         ratio("sink_update_rate", request.sink_update_rate, true)?;
         ratio("heavy_ratio", request.heavy_ratio, true)?;
         ratio("recent_ratio", request.recent_ratio, false)?;
@@ -96,6 +99,7 @@ impl Spec {
             look_gap: own.look_gap.map(|v| look_gap.unwrap_or(v)),
             peak_reach: None,
             averaged: own.averaged.map(|v| request.averaged.unwrap_or(v)),
+            age_half_life: own.age_half_life.map(|v| age_half_life.unwrap_or(v)),
         };
         if !strategy.bounded() {
             return Ok(Self { strategy, budget: None, interval: 1, parameters });
@@ -201,6 +205,12 @@ impl Spec {
     #[must_use]
     pub fn averaged(&self) -> bool {
         self.parameters.averaged.unwrap_or(false)
+    }
+
+    /// Tokens of age that halve an averaged look, where age matters.
+    #[must_use]
+    pub fn age_half_life(&self) -> Option<usize> {
+        self.parameters.age_half_life.filter(|&tokens| tokens > 0)
     }
 
     /// How sinks are found.

@@ -27,6 +27,7 @@ fn parameters<'py>(py: Python<'py>, p: &Parameters) -> PyResult<Bound<'py, PyDic
     dict.set_item("look_gap", p.look_gap)?;
     dict.set_item("peak_reach", p.peak_reach)?;
     dict.set_item("averaged", p.averaged)?;
+    dict.set_item("age_half_life", p.age_half_life)?;
     Ok(dict)
 }
 
@@ -44,7 +45,7 @@ impl PySpec {
     #[new]
     #[pyo3(signature = (strategy, budget=None, *, window_size=None, sink_size=None, sink_update_rate=None, heavy_ratio=None,
         recent_ratio=None, peak_ratio=None, eviction_interval=None, sinks=None, value_weighted=None, look_gap=None, peak_reach=None,
-        averaged=None))]
+        averaged=None, age_half_life=None))]
     #[expect(clippy::too_many_arguments, reason = "Python keyword arguments")]
     fn new(
         strategy: &Bound<'_, PyAny>,
@@ -61,6 +62,7 @@ impl PySpec {
         look_gap: Option<&Bound<'_, PyAny>>,
         peak_reach: Option<&Bound<'_, PyAny>>,
         averaged: Option<&Bound<'_, PyAny>>,
+        age_half_life: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let py = strategy.py();
         let sinks = sinks.map(|v| Sinks::parse(&text("sinks", v)?).map_err(|error| raise(py, error))).transpose()?;
@@ -78,6 +80,7 @@ impl PySpec {
             look_gap: optional_int("look_gap", look_gap)?,
             peak_reach: optional_int("peak_reach", peak_reach)?,
             averaged: optional_bool("averaged", averaged)?,
+            age_half_life: optional_int("age_half_life", age_half_life)?,
         };
         let spec = Spec::new(&text("strategy", strategy)?, &request);
         spec.map(Self).map_err(|error| raise(py, error))

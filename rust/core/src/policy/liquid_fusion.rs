@@ -32,6 +32,7 @@ impl Strategy for LiquidFusion {
             // The budget.
             peak_reach: None,
             averaged: Some(true),
+            age_half_life: Some(4096),
         }
     }
 }

@@ -50,6 +50,8 @@ pub struct Parameters {
     pub peak_reach: Option<usize>,
     /// Whether mass is judged per query that could look at the token.
     pub averaged: Option<bool>,
+    /// Tokens of age that halve an averaged look; 0: age does not matter.
+    pub age_half_life: Option<usize>,
 }
 
 impl Parameters {

@@ -62,6 +62,7 @@ impl Machine {
             peak_ratio: Some([0.0, 0.5, 1.0][choices.below(3)]),
             eviction_interval: Some(1 + choices.below(most) as i64),
             sinks: Some([Sinks::Pinned, Sinks::Adaptive][choices.below(2)]),
+            age_half_life: Some([0, 5, 40, 300][choices.below(4)]),
             ..Request::default()
         };
         let spec = Spec::new(strategy.name(), &request).unwrap();

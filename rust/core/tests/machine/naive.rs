@@ -185,6 +185,8 @@ impl Head {
         // What each of the queries that could look weighs, one by one, the oldest the least.
         let decay = self.spec.mass_decay();
         let weights: f64 = (0..queries).rev().map(|age| decay.powi(age as i32)).sum();
-        if decay < 1.0 { token.mass * (1.0 / weights) as f32 } else { token.mass / weights as f32 }
+        let halvings = self.spec.age_half_life().map_or(0.0, |tokens| queries as f64 / tokens as f64);
+        let aged = 0.5f64.powf(halvings.min(24.0));
+        token.mass * if decay < 1.0 { (aged / weights) as f32 } else { aged as f32 / weights as f32 }
     }
 }
