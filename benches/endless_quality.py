@@ -14,7 +14,6 @@ memory: the last tenth against the second, within 5 % and 1 %.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
-from liquidfusion.bench import decoding, machine, models
+from liquidfusion.bench import decoding, machine, models, results
 from liquidfusion.bench.caches import CacheOptions, FrameworkCache
 from liquidfusion.bench.stats import bootstrap
 from liquidfusion.bench.texts import read_text
@@ -134,7 +133,7 @@ def measure(loaded: models.Loaded, ids: Sequence[int], args: argparse.Namespace)
 
 def save(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
-        path.write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
+        results.write_atomic(path, results.to_json(result))
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:

@@ -11,7 +11,6 @@ with a 95 % bootstrap over blocks of 64 tokens. Segments are the outer loop: an 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from liquidfusion.bench import decoding, machine, models
+from liquidfusion.bench import decoding, machine, models, results
 from liquidfusion.bench.caches import CacheMaker, CacheOptions, FrameworkCache
 from liquidfusion.bench.stats import bootstrap
 from liquidfusion.bench.texts import read_text
@@ -102,7 +101,7 @@ def measure(loaded: models.Loaded, ids: Sequence[int], args: argparse.Namespace)
         }
         print(table(result["rows"], args.sizes), flush=True)
         if args.out is not None:
-            args.out.write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
+            results.write_atomic(args.out, results.to_json(result))
     return result
 
 

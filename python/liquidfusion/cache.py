@@ -1038,15 +1038,17 @@ class Call:
                     threads=self.cache._threads,
                 )
 
-            distance = query_positions[:, None, :, None] - key_positions[:, :, None, :]
+            def distance() -> Tensor:
+                return query_positions[:, None, :, None] - key_positions[:, :, None, :]
+
             if spec.look_gap:
-                probabilities.masked_fill_((distance < spec.look_gap)[:, :, None], 0.0)
+                probabilities.masked_fill_((distance() < spec.look_gap)[:, :, None], 0.0)
             if spec.peak_reach is None or max(self.lengths) <= spec.peak_reach:
                 add(mass, peak)
                 return
             own = key_positions >= torch.tensor(self.seen, device=key_positions.device)[:, None, None]
             add(mass, peak.clone())
-            probabilities.masked_fill_(((distance > spec.peak_reach) & own[:, :, None])[:, :, None], 0.0)
+            probabilities.masked_fill_(((distance() > spec.peak_reach) & own[:, :, None])[:, :, None], 0.0)
             add(mass.clone(), peak)
 
         return observe
