@@ -1,58 +1,99 @@
 """What must hold on a GPU and CI cannot see: one line a check, exit status 1 if one fails.
 
 python benches/gpu_check.py
+python benches/gpu_check.py --device cpu    # tries the checks themselves; those of graphs and kernels say nothing there
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import liquidfusion as lf
 from liquidfusion.install import cache_keyword
 
+DEVICE = "cuda"
 
-def model(dtype: torch.dtype, heads: int = 8, kv_heads: int = 2, head_dim: int = 64) -> LlamaForCausalLM:
+
+def model(
+    dtype: torch.dtype, heads: int = 8, kv_heads: int = 2, head_dim: int = 64, known: int = 8192
+) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=8192,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
-    with torch.device("cuda"):
-        return LlamaForCausalLM(config).to(dtype).eval()
+    with torch.device(DEVICE):
+        return LlamaForCausalLM(LlamaConfig(**shape(heads, kv_heads, head_dim, known))).to(dtype).eval()
 
 
-def run(llama: LlamaForCausalLM, strategy: str, budget: int, new: int = 150, **options: object) -> tuple:
-    """Tokens, kept positions of every layer, and evictions of one batch with left padding."""
-    torch.manual_seed(1)
-    ids = torch.randint(1, 512, (3, 90), device="cuda")
+def shape(heads: int = 8, kv_heads: int = 2, head_dim: int = 64, known: int = 8192) -> dict[str, int | None]:
+    return {
+        "vocab_size": 512,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": known,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+
+
+def prompt(rows: int = 3, tokens: int = 90, padding: tuple[int, ...] = (7, 0, 31)) -> dict[str, torch.Tensor]:
+    """The same random tokens on every device, with left padding."""
+    ids = torch.randint(1, 512, (rows, tokens), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
-    mask[0, :7] = mask[2, :31] = 0
+    for row, columns in zip(range(rows), padding, strict=False):
+        mask[row, :columns] = 0
+    return {"input_ids": ids.to(DEVICE), "attention_mask": mask.to(DEVICE)}
+
+
+def run(
+    llama: GenerationMixin,
+    strategy: str,
+    budget: int,
+    new: int = 150,
+    tokens: int = 90,
+    beams: int = 1,
+    **options: object,
+) -> tuple:
+    """Tokens, kept positions of every layer, and evictions of one batch with left padding."""
     cache = lf.KVCache(llama, strategy, budget, **options)
-    out = llama.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, **{cache_keyword(llama): cache})
-    positions = torch.stack([cache.positions(i).sort(-1).values for i in range(4)])
-    return out.cpu(), positions, cache.evictions
+    inputs = {name: value.to(llama.device) for name, value in prompt(tokens=tokens).items()}
+    given = {"max_new_tokens": new, "do_sample": False, "num_beams": beams, cache_keyword(llama): cache}
+    return llama.generate(**inputs, **given).cpu(), kept(cache), cache.evictions
+
+
+def kept(cache: lf.KVCache) -> list[torch.Tensor]:
+    return [cache.positions(layer).sort(-1).values for layer in range(len(cache))]
 
 
 def same(a: tuple, b: tuple) -> bool:
-    return torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[2] == b[2]
+    return torch.equal(a[0], b[0]) and all(map(torch.equal, a[1], b[1])) and a[2] == b[2]
+
+
+def alike(a: tuple, b: tuple) -> bool:
+    """The same tokens; the same kept positions but for near ties, which another device's sums may decide otherwise."""
+    equal = torch.cat([(x == y).flatten() for x, y in zip(a[1], b[1], strict=True)])
+    return torch.equal(a[0], b[0]) and equal.float().mean().item() > 0.99
 
 
 def checks() -> Iterator[tuple[str, Callable[[], bool]]]:
     full, half = model(torch.float32), model(torch.bfloat16)
-    for strategy in ("streaming", "h2o", "liquid_fusion"):
-        for interval in (1, 5):
+    for strategy, intervals in {
+        "streaming": (1, 5),
+        "h2o": (1, 5),
+        "liquid_fusion": (1, 5),
+        "tova": (5,),
+        "snapkv": (5,),
+        "random": (5,),
+    }.items():
+        for interval in intervals:
             options = {"eviction_interval": interval}
 
             def graph(s: str = strategy, o: dict = options) -> bool:
@@ -70,8 +111,7 @@ def checks() -> Iterator[tuple[str, Callable[[], bool]]]:
             yield f"{name}: two runs are bit-identical", twice
 
     def roomy() -> bool:
-        torch.manual_seed(1)
-        ids = torch.randint(1, 512, (2, 60), device="cuda")
+        ids = prompt(2, 60)["input_ids"]
         expected = full.generate(ids, max_new_tokens=60, do_sample=False)
         cache = lf.KVCache(full, budget=200)
         return torch.equal(
@@ -80,31 +120,96 @@ def checks() -> Iterator[tuple[str, Callable[[], bool]]]:
 
     yield "budget above the length gives transformers' tokens", roomy
 
+    cpu = model(torch.float32).cpu()
+
     def devices() -> bool:
-        on_gpu = run(full, "liquid_fusion", 60)
-        ids = on_gpu[0]
-        cpu = model(torch.float32).cpu()
-        mask = torch.ones_like(ids[:, :90])
-        mask[0, :7] = mask[2, :31] = 0
-        cache = lf.KVCache(cpu, "liquid_fusion", 60)
-        out = cpu.generate(
-            ids[:, :90], attention_mask=mask, max_new_tokens=150, do_sample=False, **{cache_keyword(cpu): cache}
-        )
-        kept = torch.stack([cache.positions(i).sort(-1).values for i in range(4)])
-        return torch.equal(out, ids) and (kept == on_gpu[1]).float().mean().item() > 0.99
+        return alike(run(full, "liquid_fusion", 60), run(cpu, "liquid_fusion", 60))
 
     yield "the CPU writes the same text and keeps the same tokens", devices
 
+    def reach() -> bool:
+        options = {"budget": 60, "tokens": 700, "new": 20, "peak_reach": 100}
+        return alike(run(full, "liquid_fusion", **options), run(cpu, "liquid_fusion", **options))
+
+    yield "the same after 700 tokens in one call, peaks within 100", reach
+
+    def beams() -> bool:
+        options = {"budget": 60, "new": 40, "beams": 3}
+        return alike(run(full, "liquid_fusion", **options), run(cpu, "liquid_fusion", **options))
+
+    yield "the same with three beams", beams
+
+    with torch.device(DEVICE):
+        torch.manual_seed(0)
+        mistral = MistralForCausalLM(MistralConfig(sliding_window=40, **shape())).eval()
+
+    def window() -> bool:
+        return same(run(mistral, "liquid_fusion", 60), run(mistral, "liquid_fusion", 60, graph=False)) and all(
+            (positions >= positions.amax(-1, keepdim=True) - 39).all()
+            for positions in run(mistral, "liquid_fusion", 60)[1]
+        )
+
+    yield "windows of 40 tokens: graph equals eager, and only the window is kept", window
+
+    def wide() -> bool:
+        return same(run(mistral, "liquid_fusion", 24), run(mistral, "liquid_fusion", 24, graph=False))
+
+    yield "a budget within the window: graph equals eager", wide
+
+    short = model(torch.float32, known=128)
+
+    def ranks() -> bool:
+        on_cpu = model(torch.float32, known=128).cpu()
+        options = {"budget": 60, "new": 150, "positions": "cache"}
+        return alike(run(short, "liquid_fusion", **options), run(on_cpu, "liquid_fusion", **options))
+
+    yield "cache-relative positions, past what the model knows: as on the CPU", ranks
+
+    def session() -> bool:
+        def step(cache: lf.KVCache, ids: torch.Tensor, count: int) -> torch.Tensor:
+            tokens = []
+            for _ in range(count):
+                ids = half(ids, **{cache_keyword(half): cache}).logits[:, -1:].argmax(-1)
+                tokens.append(ids)
+            return torch.cat(tokens, 1)
+
+        cache = lf.KVCache(half, budget=60)
+        with torch.no_grad():
+            begun = step(cache, prompt(2)["input_ids"], 33)
+            fork = cache.copy()
+            with tempfile.TemporaryDirectory() as folder:
+                cache.save(Path(folder) / "session.safetensors")
+                loaded = lf.KVCache.load(Path(folder) / "session.safetensors", half)
+            texts = [step(one, begun[:, -1:], 100) for one in (cache, fork, loaded)]
+        ends = [(text, kept(one), one.evictions) for text, one in zip(texts, (cache, fork, loaded), strict=True)]
+        return same(ends[0], ends[1]) and same(ends[0], ends[2])
+
+    yield "a saved, loaded or copied session goes on as if it had not stopped", session
+
+    def sampled() -> bool:
+        def sample(**options: object) -> tuple:
+            torch.manual_seed(3)
+            cache = lf.KVCache(full, budget=60, **options)
+            given = {"max_new_tokens": 80, "do_sample": True, "top_k": 20, cache_keyword(full): cache}
+            return full.generate(**prompt(), **given), kept(cache), cache.evictions
+
+        return same(sample(), sample(graph=False))
+
+    yield "sampling with one seed: graph equals eager", sampled
+
     def captured() -> bool:
         cache = lf.KVCache(half, budget=60)
-        ids = torch.randint(1, 512, (1, 80), device="cuda")
-        half.generate(ids, max_new_tokens=40, do_sample=False, **{cache_keyword(half): cache})
+        half.generate(prompt(1, 80)["input_ids"], max_new_tokens=40, do_sample=False, **{cache_keyword(half): cache})
         return cache._decoder is not None and cache._decoder._captured is not None
 
     yield "generate replays a captured graph", captured
 
 
 def main() -> int:
+    global DEVICE
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default=DEVICE, choices=("cuda", "cpu"))
+    DEVICE = parser.parse_args().device
     failed = 0
     for name, check in checks():
         try:

@@ -76,12 +76,12 @@ def uninstall(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def switched(model: PreTrainedModel) -> Iterator[None]:
-    """Run the decoder's attention layers through the "liquidfusion" implementation inside this context."""
+def switched(model: PreTrainedModel, implementation: str = attention.IMPLEMENTATION) -> Iterator[None]:
+    """Run the decoder's attention layers through an implementation, ours by default, inside this context."""
     config = models.text_config(model)
     previous = config._attn_implementation
     try:
-        config._attn_implementation = attention.IMPLEMENTATION
+        config._attn_implementation = implementation
         yield
     finally:
         config._attn_implementation = previous

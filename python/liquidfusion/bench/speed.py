@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from liquidfusion.cache import KVCache
 from liquidfusion.exceptions import ConfigError
-from liquidfusion.install import cache_keyword, uninstall
+from liquidfusion.install import cache_keyword, switched, uninstall
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -337,7 +337,7 @@ class Bench:
             self._throughput(ours, "graph")
 
     def prefill(self) -> None:
-        """Whole-model prefill with scores against transformers' sdpa."""
+        """Whole-model prefill with scores against transformers' sdpa and eager attention."""
         for length in self.plan.prefill:
             prompt = self.tokens(1, length)
 
@@ -348,7 +348,11 @@ class Bench:
                 cache = DynamicCache(config=self.config)
                 self.model(prompt, **{self.key: cache}, logits_to_keep=1)
 
-            for name, work in (("ours", ours), ("sdpa", theirs)):
+            def eager(theirs: Callable[[], None] = theirs) -> None:
+                with switched(self.model, "eager"):  # the whole matrix of probabilities: long prompts do not fit
+                    theirs()
+
+            for name, work in (("ours", ours), ("sdpa", theirs), ("eager", eager)):
                 with self.results.part(f"prefill {length}, {name}"):
                     work()
                     self.results.add(f"prefill {length}, {name}, ms", 1e3 * self.seconds(work, 3))
