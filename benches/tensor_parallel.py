@@ -1,6 +1,7 @@
 """Tensor parallel decoding: LiquidFusion beside transformers' own caches, heads split over the processes.
 
 torchrun --nproc-per-node 2 benches/tensor_parallel.py --shape llama-3.1-8b --context 32768 --out result.json
+torchrun --nproc-per-node 2 benches/tensor_parallel.py --shape llama-3.1-8b --parts batch --batch 64 208 --profile
 torchrun --nproc-per-node 2 benches/tensor_parallel.py --shape custom --device cpu --context 128 --budget 32 --steps 4
 
 Weights are random and every process makes only its own share of them. Contexts of transformers' caches are random keys
@@ -49,8 +50,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131072,
     },
 }
+PARTS = ("tokens", "one", "batch", "rivals", "largest")
+PROFILED = 8
+"""Steps that a profile is made of."""
 CHUNK_TOKENS = 16384
 """Tokens of a prefill chunk, over all rows."""
+
+
+KERNELS = {
+    "collectives": ("nccl", "c10d::"),
+    "attention over slots": ("_decode", "_attend", "_merge", "_combine"),
+    "matrix products": ("gemm", "gemv", "cutlass", "nvjet", "splitK", "aten::mm", "aten::addmm"),
+}
+"""Parts of the names of kernels, by what they do."""
 
 
 class Collectives(TorchDispatchMode):
@@ -159,7 +171,7 @@ class Bench:
 
     def theirs(self, kind: str, batch: int, context: int) -> DynamicCache | StaticCache:
         """A cache of transformers' that holds `context` random keys and values of every row."""
-        steps = self.args.steps + self.args.warmup + 1
+        steps = self.args.steps + self.args.warmup + 1 + PROFILED
         cache = DynamicCache() if kind == "dynamic" else StaticCache(self.config, max_cache_len=context + steps)
         width = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
         for layer in range(self.config.num_hidden_layers):
@@ -198,16 +210,35 @@ class Bench:
                 row["cache_bytes"] = cache.nbytes
             seconds = over_ranks(seconds, self.device, dist.ReduceOp.MAX)
             peak = over_ranks(memory(self.device), self.device, dist.ReduceOp.MAX)
+            if self.args.profile:
+                row["profile_ms"] = self.profile(lambda: self.call(ids, cache))
             row |= {"ms_per_step": 1000 * seconds, "tokens_per_s": batch / seconds, "peak_bytes": int(peak)}
         except torch.OutOfMemoryError as error:
             # Every process holds the same bytes, so all of them stop here.
             row["problem"] = f"out of memory: {str(error).splitlines()[0]}"
         return row
 
+    def profile(self, step: Callable[[], Any]) -> dict[str, float]:
+        """Milliseconds of the device's kernels in one step by what they do, and of the whole step (`span`)."""
+        device = self.device.type == "cuda"
+        activity = torch.profiler.ProfilerActivity
+        with torch.profiler.profile(activities=[activity.CUDA if device else activity.CPU]) as profiler:
+            for _ in range(PROFILED):
+                step()
+            synchronize(self.device)
+        found: Counter[str] = Counter()
+        kernels = [event for event in profiler.events() if not device or event.device_type.name == "CUDA"]
+        for event in kernels:
+            kind = next((kind for kind, names in KERNELS.items() if any(n in event.name for n in names)), "other")
+            found[kind] += (event.device_time_total if device else event.self_cpu_time_total) / 1000 / PROFILED
+        ends = [time for event in kernels for time in (event.time_range.start, event.time_range.end)]
+        found["span"] = (max(ends) - min(ends)) / 1000 / PROFILED
+        return {kind: round(ms, 3) for kind, ms in found.items()}
+
     def largest_batch(self) -> int:
         """Rows whose caches fit beside the weights, chunk and logits, by what they need; a multiple of 8."""
         if self.device.type != "cuda":
-            return 2 * self.args.batch
+            return 2 * max(self.args.batch)
         gc.collect()
         torch.cuda.empty_cache()
         free = over_ranks(torch.cuda.mem_get_info(self.device)[0], self.device, dist.ReduceOp.MIN)
@@ -259,7 +290,9 @@ def main() -> None:
     parser.add_argument("--strategy", default="liquid_fusion")
     parser.add_argument("--budget", type=int, default=2048, help="slots in tokens")
     parser.add_argument("--context", type=int, default=32768, help="tokens before the measured steps, one row")
-    parser.add_argument("--batch", type=int, default=64, help="rows of the throughput rows")
+    parser.add_argument("--batch", type=int, nargs="+", default=[64], help="rows of the throughput rows")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    parser.add_argument("--profile", action="store_true", help="also the device's time in each kind of kernel")
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--warmup", type=int, default=8)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -285,9 +318,10 @@ def main() -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "arguments": vars(args),
-        "tokens_equal": equal_tokens(device),
     }
-    say(f"tokens and positions equal one process: {result['tokens_equal']}")
+    if "tokens" in args.parts:
+        result["tokens_equal"] = equal_tokens(device)
+        say(f"tokens and positions equal one process: {result['tokens_equal']}")
     rows: list[dict[str, Any]] = []
     result["rows"] = rows
 
@@ -301,18 +335,26 @@ def main() -> None:
 
     with torch.no_grad():
         bench = Bench(args, device)
-        # As many tokens as fill the slots and evict once: a bounded cache steps alike after any longer context.
-        filled = args.budget + CHUNK_TOKENS // args.batch
-        keep(bench.measure("liquidfusion", 1, lambda: bench.ours(1, args.context)))
-        keep(bench.measure("liquidfusion", args.batch, lambda: bench.ours(args.batch, filled)))
-        keep(bench.measure("DynamicCache", 1, lambda: bench.theirs("dynamic", 1, args.context)))
-        keep(bench.measure("StaticCache", 1, lambda: bench.theirs("static", 1, args.context)))
-        keep(bench.measure("liquidfusion, no graph", 1, lambda: bench.ours(1, filled, graph=False)))
-        keep(bench.measure("DynamicCache", args.batch, lambda: bench.theirs("dynamic", args.batch, args.context)))
-        largest = bench.largest_batch()
-        keep(bench.measure("liquidfusion", largest, lambda: bench.ours(largest, args.budget + 16)))
+        if "one" in args.parts:
+            keep(bench.measure("liquidfusion", 1, lambda: bench.ours(1, args.context)))
+        for batch in args.batch if "batch" in args.parts else ():
+            # As many tokens as fill the slots and evict once: a bounded cache steps alike after any longer context.
+            filled = args.budget + max(16, CHUNK_TOKENS // batch)
+            keep(bench.measure("liquidfusion", batch, lambda batch=batch, filled=filled: bench.ours(batch, filled)))
+        if "rivals" in args.parts:
+            for kind in ("dynamic", "static"):
+                name = f"{kind.title()}Cache"
+                keep(bench.measure(name, 1, lambda kind=kind: bench.theirs(kind, 1, args.context)))
+            filled = args.budget + CHUNK_TOKENS
+            keep(bench.measure("liquidfusion, no graph", 1, lambda: bench.ours(1, filled, graph=False)))
+            for batch in args.batch:
+                keep(bench.measure("DynamicCache", batch, lambda n=batch: bench.theirs("dynamic", n, args.context)))
+        if "largest" in args.parts:
+            largest = bench.largest_batch()
+            keep(bench.measure("liquidfusion", largest, lambda: bench.ours(largest, args.budget + 16)))
     counts = {row["cache"]: row.get("collectives_per_step") for row in rows if row["batch"] == 1}
-    result["collectives_added"] = counts["liquidfusion"] != counts["DynamicCache"]
+    if {"liquidfusion", "DynamicCache"} <= set(counts):
+        result["collectives_added"] = counts["liquidfusion"] != counts["DynamicCache"]
     if dist.get_rank() == 0:
         show(result)
     dist.barrier()
@@ -323,7 +365,7 @@ def show(result: dict[str, Any]) -> None:
     args = result["arguments"]
     print(f"{result['processes']} x {result['device']}, {args['shape']}, context {args['context']} (one row)")
     print(f"budget {args['budget']}, torch {result['torch']}, transformers {result['transformers']}")
-    print(f"tokens and positions equal one process: {result['tokens_equal']}")
+    print(f"tokens and positions equal one process: {result.get('tokens_equal', 'not asked')}")
     print(f"{'cache':24} {'batch':>6} {'ms/step':>9} {'tokens/s':>9} {'GiB/rank':>9} {'graph':>6}  collectives a step")
     for row in result["rows"]:
         if "ms_per_step" not in row:
@@ -334,7 +376,9 @@ def show(result: dict[str, Any]) -> None:
             f"{row['peak_bytes'] / 2**30:9.2f} {row['graph']!s:>6}  {row['collectives_per_step']}"
             + (f"  {row['problem']}" if row["problem"] else "")
         )
-    print(f"collectives added by the cache: {result['collectives_added']}")
+        if "profile_ms" in row:
+            print(f"    ms of a step: {row['profile_ms']}")
+    print(f"collectives added by the cache: {result.get('collectives_added', 'not asked')}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -36,3 +37,16 @@ def test_names() -> None:
     assert lf.uninstall is liquidfusion.install.uninstall
     with pytest.raises(AttributeError, match="'liquidfusion' has no attribute 'KVCash'"):
         lf.KVCash  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("value", "works"), [("", True), ("avx2", True), ("scalar", True), ("AVX2", False), ("sse", False)]
+)
+def test_instruction_set(value: str, works: bool) -> None:
+    code = "import liquidfusion as lf; lf.strategies()"
+    environment = {**os.environ, "LIQUIDFUSION_SIMD": value}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode == 0) == works
+    if not works:
+        error = done.stderr.splitlines()[-1]
+        assert error == f"liquidfusion.exceptions.ConfigError: LIQUIDFUSION_SIMD must be avx2 or scalar, got {value}"

@@ -8,6 +8,8 @@ use std::sync::OnceLock;
 
 use pulp::{Arch, NullaryFnOnce, Simd, WithSimd};
 
+use crate::error::{Result, fail};
+
 /// Caps the instruction set: `avx2` or `scalar`. What is chosen never depends on it, only the time does.
 pub const VARIABLE: &str = "LIQUIDFUSION_SIMD";
 
@@ -19,6 +21,22 @@ fn arch() -> Arch {
         return arch;
     }
     *ARCH.get_or_init(|| capped(Arch::new(), &std::env::var(VARIABLE).unwrap_or_default()))
+}
+
+/// Whether [`VARIABLE`] is unset or says something that this crate knows.
+///
+/// # Errors
+///
+/// `Error::Config` names the value and what is accepted.
+pub fn check() -> Result<()> {
+    known(&std::env::var(VARIABLE).unwrap_or_default())
+}
+
+fn known(cap: &str) -> Result<()> {
+    match cap {
+        "" | "avx2" | "scalar" => Ok(()),
+        _ => fail!(Config, "{VARIABLE} must be avx2 or scalar, got {cap}"),
+    }
 }
 
 fn capped(widest: Arch, cap: &str) -> Arch {
