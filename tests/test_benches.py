@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -145,3 +148,31 @@ def test_prefill_quality_refuses(
     with pytest.raises(SystemExit) as stopped:
         script(monkeypatch, "prefill_quality").main([*given, *change])
     assert words in f"{stopped.value} {capsys.readouterr().err}"
+
+
+def test_tensor_parallel(tmp_path: Path) -> None:
+    """Two processes on a CPU: every row is there, and the cache talks to nobody."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    sizes = ["--context", "80", "--budget", "24", "--batch", "2", "--steps", "2", "--warmup", "1"]
+    done = subprocess.run(
+        [*command, str(BENCHES / "tensor_parallel.py"), "--device", "cpu", *sizes, "--profile", "--out", "out.json"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert set(result["tokens_equal"].values()) == {True}
+    rows = {(row["cache"], row["batch"]): row for row in result["rows"]}
+    alone = [(name, 1) for name in ("liquidfusion", "liquidfusion, no graph", "DynamicCache", "StaticCache")]
+    assert set(rows) == {*alone, ("liquidfusion", 2), ("DynamicCache", 2), ("liquidfusion", 4)}
+    for row in rows.values():
+        assert row["problem"] is None
+        assert row["tokens_per_s"] == pytest.approx(1000 * row["batch"] / row["ms_per_step"])
+        # as many as the same step of a full cache takes: one for each product that sums over heads or neurons
+        assert row["collectives_per_step"] == rows["DynamicCache", 1]["collectives_per_step"]
+        assert 0 < row["profile_ms"]["collectives"] < row["profile_ms"]["span"]
+    assert "collectives added by the cache: False" in done.stdout
