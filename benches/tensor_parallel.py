@@ -153,6 +153,8 @@ class Bench:
         say(f"built on {device}")
         self.keyword = cache_keyword(self.model)
         self.kv_heads = self.config.num_key_value_heads // dist.get_world_size()
+        # torchrun allows every process one thread, with which the core needs seconds for a chunk of hundreds of rows.
+        self.threads = max(1, (os.cpu_count() or 1) // dist.get_world_size())
 
     def call(self, ids: Tensor, cache: Any) -> Tensor:
         output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **{self.keyword: cache})
@@ -160,7 +162,7 @@ class Bench:
 
     def ours(self, batch: int, context: int, **options: Any) -> lf.KVCache:
         """A KVCache that has seen `context` tokens of every row."""
-        cache = lf.KVCache(self.model, self.args.strategy, self.args.budget, **options)
+        cache = lf.KVCache(self.model, self.args.strategy, self.args.budget, threads=self.threads, **options)
         generator = torch.Generator().manual_seed(1)
         size = max(16, CHUNK_TOKENS // batch)
         for start in range(0, context, size):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before transformers is imported: no test may reach a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +18,10 @@ if not torch.cuda.is_available():
 from transformers import PreTrainedModel
 
 from tiny import MODELS, tiny
+
+# A script's background job ignores interrupts and hands that down; here they are sent on purpose.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The tiny models are too small to share out: a second thread only spins.
 torch.set_num_threads(1)
