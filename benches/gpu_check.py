@@ -21,23 +21,21 @@ from liquidfusion.install import cache_keyword
 DEVICE = "cuda"
 
 
-def model(
-    dtype: torch.dtype, heads: int = 8, kv_heads: int = 2, head_dim: int = 64, known: int = 8192
-) -> LlamaForCausalLM:
+def model(dtype: torch.dtype, known: int = 8192) -> LlamaForCausalLM:
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        return LlamaForCausalLM(LlamaConfig(**shape(heads, kv_heads, head_dim, known))).to(dtype).eval()
+        return LlamaForCausalLM(LlamaConfig(**shape(known))).to(dtype).eval()
 
 
-def shape(heads: int = 8, kv_heads: int = 2, head_dim: int = 64, known: int = 8192) -> dict[str, int | None]:
+def shape(known: int = 8192) -> dict[str, int | None]:
     return {
         "vocab_size": 512,
         "hidden_size": 256,
         "intermediate_size": 512,
         "num_hidden_layers": 4,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
         "max_position_embeddings": known,
         "pad_token_id": 0,
         "eos_token_id": None,

@@ -337,23 +337,22 @@ def main() -> None:
 
     with torch.no_grad():
         bench = Bench(args, device)
+        # As many tokens as fill the slots and evict: a bounded cache steps alike after any longer context.
+        filled = args.budget + 16
         if "one" in args.parts:
             keep(bench.measure("liquidfusion", 1, lambda: bench.ours(1, args.context)))
         for batch in args.batch if "batch" in args.parts else ():
-            # As many tokens as fill the slots and evict once: a bounded cache steps alike after any longer context.
-            filled = args.budget + max(16, CHUNK_TOKENS // batch)
-            keep(bench.measure("liquidfusion", batch, lambda batch=batch, filled=filled: bench.ours(batch, filled)))
+            keep(bench.measure("liquidfusion", batch, lambda n=batch: bench.ours(n, filled)))
         if "rivals" in args.parts:
             for kind in ("dynamic", "static"):
                 name = f"{kind.title()}Cache"
                 keep(bench.measure(name, 1, lambda kind=kind: bench.theirs(kind, 1, args.context)))
-            filled = args.budget + CHUNK_TOKENS
-            keep(bench.measure("liquidfusion, no graph", 1, lambda: bench.ours(1, filled, graph=False)))
+            keep(bench.measure("liquidfusion, no graph", 1, lambda: bench.ours(1, args.context, graph=False)))
             for batch in args.batch:
                 keep(bench.measure("DynamicCache", batch, lambda n=batch: bench.theirs("dynamic", n, args.context)))
         if "largest" in args.parts:
             largest = bench.largest_batch()
-            keep(bench.measure("liquidfusion", largest, lambda: bench.ours(largest, args.budget + 16)))
+            keep(bench.measure("liquidfusion", largest, lambda: bench.ours(largest, filled)))
     counts = {row["cache"]: row.get("collectives_per_step") for row in rows if row["batch"] == 1}
     if {"liquidfusion", "DynamicCache"} <= set(counts):
         result["collectives_added"] = counts["liquidfusion"] != counts["DynamicCache"]

@@ -43,7 +43,7 @@ def test_names() -> None:
     ("value", "works"), [("", True), ("avx2", True), ("scalar", True), ("AVX2", False), ("sse", False)]
 )
 def test_instruction_set(value: str, works: bool) -> None:
-    code = "import liquidfusion as lf; lf.strategies()"
+    code = "from liquidfusion._core import Spec; Spec('h2o', 64)"
     environment = {**os.environ, "LIQUIDFUSION_SIMD": value}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert (done.returncode == 0) == works

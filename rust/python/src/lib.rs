@@ -27,7 +27,6 @@ fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 /// The Rust core of `LiquidFusion`.
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    liquidfusion_core::simd::check().map_err(|error| error::raise(module.py(), error))?;
     module.add_class::<spec::PySpec>()?;
     module.add_class::<ledger::PyLedger>()?;
     module.add_function(wrap_pyfunction!(spec::strategies, module)?)?;

@@ -1,6 +1,7 @@
 //! `Spec`, and what the registry knows about the strategies.
 
 use liquidfusion_core::policy::{self, Parameters};
+use liquidfusion_core::simd;
 use liquidfusion_core::sinks::Sinks;
 use liquidfusion_core::spec::{Request, Spec};
 use pyo3::prelude::*;
@@ -82,7 +83,8 @@ impl PySpec {
             averaged: optional_bool("averaged", averaged)?,
             age_half_life: optional_int("age_half_life", age_half_life)?,
         };
-        let spec = Spec::new(&text("strategy", strategy)?, &request);
+        let name = text("strategy", strategy)?;
+        let spec = simd::check().and_then(|()| Spec::new(&name, &request));
         spec.map(Self).map_err(|error| raise(py, error))
     }
 
