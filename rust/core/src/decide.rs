@@ -76,7 +76,11 @@ impl Candidates<'_> {
     pub(crate) fn find_bad(&self) -> Option<BadScore> {
         let Scores { mass, peak } = self.scores?;
         let positions = self.positions();
-        let bad = |values: &[f32]| positions.iter().zip(values).position(|(&p, &v)| p >= 0 && !valid(v));
+        let bad = |values: &[f32]| {
+            // As a rule there is none, which is seen without a branch for each.
+            let any = positions.iter().zip(values).fold(false, |any, (&p, &v)| any | ((p >= 0) & !valid(v)));
+            any.then(|| positions.iter().zip(values).position(|(&p, &v)| p >= 0 && !valid(v)))?
+        };
         bad(mass)
             .map(|index| BadScore { peak: false, index })
             .or_else(|| bad(peak).map(|index| BadScore { peak: true, index }))

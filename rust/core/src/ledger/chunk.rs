@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 
-use super::{ChunkScores, Ledger, SCRATCH, Shape, Slots, WORTH_THREADS, first, note, score_error};
+use super::{Call, ChunkScores, Ledger, SCRATCH, Shape, Slots, WORTH_THREADS, first, note, score_error};
 use crate::average::Average;
 use crate::decide::{Candidates, Rule, Scores};
 use crate::error::{Error, Result, fail};
@@ -26,6 +26,7 @@ impl Ledger {
     ) -> Result<()> {
         self.check_slots(slots)?;
         let Shape { layers, batch, heads, slots: per_lane } = self.shape;
+        let threads = self.chunk_threads(columns.shape()[1]);
         let Some(call) = &mut self.call else { fail!(Cache, "chunk must come between begin and finish") };
         if layer >= layers {
             fail!(Config, "layer must be from 0 to {}, got {layer}", layers - 1);
@@ -50,7 +51,8 @@ impl Ledger {
         }
 
         // Decided lane by lane into `plan`, written only when every lane succeeded.
-        let mut plan = vec![-1i32; batch * heads * per_lane];
+        // Zeros come untouched from the system, and each thread fills its own.
+        let mut plan = vec![0i32; batch * heads * per_lane];
         let failure = Mutex::new(None::<(usize, Error)>);
         let lane_of = |i: usize| layer * batch * heads + i;
         let chunk_lanes = plan.chunks_exact_mut(per_lane).enumerate().filter(|(i, _)| call.lengths[i / heads] > 1);
@@ -63,8 +65,8 @@ impl Ledger {
                 *rank = if *rank < 0 { -1 } else { before + *rank };
             }
         }
-        let threads = if (per_lane + n) * batch * heads < WORTH_THREADS { 1 } else { self.threads };
         threads::for_each(threads, chunk_lanes, |(i, plan)| {
+            plan.fill(-1);
             let (b, len) = (i / heads, call.lengths[i / heads]);
             let wide = i * (per_lane + n)..(i + 1) * (per_lane + n);
             let lane = Lane {
@@ -89,44 +91,76 @@ impl Ledger {
         });
         first(failure)?;
 
-        for (i, plan) in plan.chunks_exact(per_lane).enumerate() {
-            let b = i / heads;
-            source.data()[i * per_lane..][..per_lane].copy_from_slice(plan);
-            let len = call.lengths[b];
-            if len < 2 {
-                continue;
+        call.decided[layer] = true;
+        self.keep(slots, layer, &plan, &new_positions, scores, source);
+        Ok(())
+    }
+
+    /// Write what was decided: the chunk's `plan` (`[batch, heads, slots]`) and the positions (`[batch, n]`) of its columns.
+    fn keep(
+        &mut self,
+        slots: &mut Slots<'_>,
+        layer: usize,
+        plan: &[i32],
+        new_positions: &[i32],
+        scores: Option<ChunkScores<'_>>,
+        source: &mut ViewMut<'_, i32, 3>,
+    ) {
+        let Shape { batch, heads, slots: per_lane, .. } = self.shape;
+        let Some(Call { lengths, .. }) = &self.call else { return };
+        let n = new_positions.len() / batch;
+        let threads = self.chunk_threads(n);
+        let of_layer = layer * batch * heads * per_lane..(layer + 1) * batch * heads * per_lane;
+        let mut targets: Vec<Option<[&mut [f32]; 2]>> = match &mut slots.scores {
+            Some((mass, peak)) => {
+                let peaks = peak[of_layer.clone()].chunks_exact_mut(per_lane);
+                mass[of_layer.clone()].chunks_exact_mut(per_lane).zip(peaks).map(|(m, p)| Some([m, p])).collect()
             }
-            let at = lane_of(i) * per_lane;
-            let positions = &mut slots.positions[at..][..per_lane];
-            let before = self.seen[b] - len;
-            let mut empty = Vec::new();
+            None => (0..batch * heads).map(|_| None).collect(),
+        };
+        let lanes = (plan.chunks_exact(per_lane).zip(source.data().chunks_exact_mut(per_lane)))
+            .zip(slots.positions[of_layer.clone()].chunks_exact_mut(per_lane))
+            .zip(self.queues[of_layer].chunks_exact_mut(per_lane))
+            .zip(&mut targets)
+            .enumerate();
+        threads::for_each(threads, lanes, |(i, ((((plan, source), positions), queue), targets))| {
+            let b = i / heads;
+            if lengths[b] < 2 {
+                return source.fill(-1);
+            }
+            source.copy_from_slice(plan);
+            let columns = &new_positions[b * n..][..n];
+            let mut empty = 0;
             for (slot, (position, &column)) in positions.iter_mut().zip(plan).enumerate() {
                 if column >= 0 {
-                    *position = before as i32 + columns.data()[b * n + column as usize];
+                    *position = columns[column as usize];
                 } else if *position < 0 {
-                    empty.push(slot as i32);
+                    queue[empty] = slot as i32;
+                    empty += 1;
                 }
             }
-            self.queues[at..][..empty.len()].copy_from_slice(&empty);
-            self.evictions += (before.min(per_lane) + len).saturating_sub(per_lane) as u64;
-            if let (Some((mass, peak)), Some(scores)) = (&mut slots.scores, scores) {
-                for (to, from) in [(mass, scores.mass), (peak, scores.peak)] {
-                    let from = &from.data()[i * (per_lane + n)..][..per_lane + n];
-                    let to = &mut to[at..][..per_lane];
-                    for (slot, (to, (&column, &position))) in
-                        to.iter_mut().zip(plan.iter().zip(&*positions)).enumerate()
-                    {
-                        *to = match (position, column) {
-                            (..0, _) => 0.0,
-                            (_, ..0) => from[slot],
-                            _ => from[per_lane + column as usize],
-                        };
+            if let (Some(targets), Some(scores)) = (targets, scores) {
+                for (to, from) in targets.iter_mut().zip([scores.mass, scores.peak]) {
+                    let (stored, new) = from.data()[i * (per_lane + n)..][..per_lane + n].split_at(per_lane);
+                    for ((to, &from), &position) in to.iter_mut().zip(stored).zip(&*positions) {
+                        *to = if position < 0 { 0.0 } else { from };
+                    }
+                    for (to, &column) in to.iter_mut().zip(plan).filter(|(_, column)| **column >= 0) {
+                        *to = new[column as usize];
                     }
                 }
             }
+        });
+        for (b, &len) in lengths.iter().enumerate().filter(|(_, len)| **len > 1) {
+            let before = (self.seen[b] - len).min(per_lane);
+            self.evictions += (heads * (before + len).saturating_sub(per_lane)) as u64;
         }
-        call.decided[layer] = true;
-        Ok(())
+    }
+
+    /// Threads that a layer of a chunk of `n` columns is worth.
+    fn chunk_threads(&self, n: usize) -> usize {
+        let Shape { batch, heads, slots, .. } = self.shape;
+        if (slots + n) * batch * heads < WORTH_THREADS { 1 } else { self.threads }
     }
 }
 
