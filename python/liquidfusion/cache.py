@@ -988,7 +988,7 @@ class Call:
         source = source.to(key.device, non_blocking=True)
         moved, column = (source >= 0)[..., None], source.clamp(min=0).long()[..., None]
         for buffer, new in ((layer.keys, key), (layer.values, value)):
-            buffer.copy_(torch.where(moved, new.gather(2, column.expand(-1, -1, -1, new.shape[3])), buffer))
+            torch.where(moved, new.gather(2, column.expand(-1, -1, -1, new.shape[3])), buffer, out=buffer)
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Ages and first positions on a device; copied once a call, since each such copy waits for the device."""
