@@ -99,20 +99,22 @@ def time_decode(layers: list[tuple[torch.Tensor, ...]]) -> float:
 
 def bench_decode(rate: float, sweep: bool) -> list[str]:
     """Rows of the table: the decode step of one layer."""
-    rows = []
-    for batch, slots in ((1, 2048), (8, 2048), (64, 2048)):
-        layers = list(decode_layers(batch, slots, 32 if batch == 1 else 6, (32, 8, 128)))
-        read = 2 * batch * 8 * slots * 128 * 2 + batch * 8 * slots * (4 + 16)
+    rows, slots = [], 2048
+    # As many pairs of row and head as fill the multiprocessors evenly, and some that leave part of a round idle.
+    for batch, heads in ((1, 8), (8, 8), (40, 8), (64, 8), (64, 4), (208, 4), (208, 8)):
+        layers = list(decode_layers(batch, slots, 32 if batch == 1 else 6, (4 * heads, heads, 128)))
+        read = 2 * batch * heads * slots * 128 * 2 + batch * heads * slots * (4 + 16)
         floor = read / rate * 1e6
         time = time_decode(layers)
         rows.append(
-            f"decode B={batch} S={slots}: {time:.1f} us, floor {floor:.1f} us, {floor / time:.0%} of the copy rate"
+            f"decode B={batch} heads={heads} S={slots}: {time:.1f} us, "
+            f"floor {floor:.1f} us, {floor / time:.0%} of the copy rate"
         )
         if sweep:
             original = decode_module._config
             for tile, stages, splits in itertools.product((64, 128), (2, 3), (1, 2, 4, 16, 32)):
                 each = slots // splits
-                if each < tile or not 0.5 <= batch * 8 * splits / 132 <= 8:
+                if each < tile or not 0.5 <= batch * heads * splits / 132 <= 64:
                     continue
                 decode_module._config = lambda *_, c=(splits, each, tile, stages): c
                 rows.append(f"    tile {tile} stages {stages} splits {splits}: {time_decode(layers):.1f} us")

@@ -271,14 +271,21 @@ def _merge(
 def _config(slots: int, programs: int, row_bytes: int, device: torch.device) -> tuple[int, int, int, int]:
     """Choose (splits, slots per split, slots per tile, stages) for `programs` pairs of row and kv head."""
     if device.type != "cuda":
-        tile, stages, processors = 16, 1, programs
+        tiles, tile = triton.cdiv(slots, 16), 16
+        splits, stages = min(tiles, 2), 1
     else:
         # Longer rows than 64 of 256 bytes no longer fit into the registers beside the products.
-        tile, stages = (64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16), 2
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    tiles = triton.cdiv(slots, tile)
-    # Two programs per multiprocessor hide each other's latency; a split shorter than one tile gains nothing.
-    splits = max(1, min(tiles, MAX_SPLITS, 2 * processors // programs))
+        tile = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
+        tiles = triton.cdiv(slots, tile)
+        # Two programs per multiprocessor hide each other's latency; a split shorter than one tile gains nothing.
+        device_limits = torch.cuda.get_device_properties(device)
+        places = 2 * device_limits.multi_processor_count
+        splits, stages = max(1, min(tiles, MAX_SPLITS, places // programs)), 2
+        # Three stages of two 16 KiB tiles must leave room for the second program (not on an A100).
+        if 2 * programs > places and device_limits.shared_memory_per_multiprocessor >= 192 * 1024:
+            # A last round of programs that leaves most multiprocessors idle takes as long as a full one.
+            splits = min(tiles, max((1, 2, 4), key=lambda n: programs * n / triton.cdiv(programs * n, places)))
+            stages = 3
     per_split = triton.cdiv(tiles, splits) * tile
     return triton.cdiv(slots, per_split), per_split, tile, stages
 
