@@ -1,7 +1,7 @@
 """Tensor parallel decoding: LiquidFusion beside transformers' own caches, heads split over the processes.
 
 torchrun --nproc-per-node 2 benches/tensor_parallel.py --shape llama-3.1-8b --context 32768 --out result.json
-torchrun --nproc-per-node 2 benches/tensor_parallel.py --shape llama-3.1-8b --parts batch --batch 64 208 --profile
+torchrun --nproc-per-node 2 benches/tensor_parallel.py --shape llama-3.1-8b --parts batch --compile --profile
 torchrun --nproc-per-node 2 benches/tensor_parallel.py --shape custom --device cpu --context 128 --budget 32 --steps 4
 
 Weights are random and every process makes only its own share of them. Contexts of transformers' caches are random keys
@@ -20,6 +20,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -55,10 +56,8 @@ PROFILED = 8
 """Steps that a profile is made of."""
 CHUNK_TOKENS = 16384
 """Tokens of a prefill chunk, over all rows."""
-
-
 KERNELS = {
-    "collectives": ("nccl", "c10d::"),
+    "collectives": ("nccl", "c10d::", "one_shot_all_reduce"),
     "attention over slots": ("_decode", "_attend", "_merge", "_combine"),
     "matrix products": ("gemm", "gemv", "cutlass", "nvjet", "splitK", "aten::mm", "aten::addmm"),
 }
@@ -155,6 +154,9 @@ class Bench:
         self.kv_heads = self.config.num_key_value_heads // dist.get_world_size()
         # torchrun allows every process one thread, with which the core needs seconds for a chunk of hundreds of rows.
         self.threads = max(1, (os.cpu_count() or 1) // dist.get_world_size())
+        self.modes: dict[str, dict[str, bool]] = {"liquidfusion": {}}
+        if args.compile:
+            self.modes["liquidfusion, compile"] = {"compile": True}
 
     def call(self, ids: Tensor, cache: Any) -> Tensor:
         output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **{self.keyword: cache})
@@ -181,8 +183,11 @@ class Bench:
             cache.update(*(torch.randn(shape, device=self.device, dtype=self.dtype) for _ in range(2)), layer)
         return cache
 
-    def measure(self, name: str, batch: int, make: Callable[[], Any]) -> dict[str, Any]:
-        """Milliseconds of a decode step, tokens a second, peak memory and collectives of a step."""
+    def measure(self, name: str, batch: int, make: Callable[[], Any], count: bool = True) -> dict[str, Any]:
+        """Milliseconds of a decode step, tokens a second, peak memory and collectives of a step.
+
+        Where a step is compiled its collectives are not counted: torch does not compile what it is watching.
+        """
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -194,9 +199,10 @@ class Bench:
                 warnings.simplefilter("always")
                 cache = make()
                 ids = torch.full((batch, 1), 5, device=self.device)
-                with Collectives() as collectives:
+                say(f"filled {batch} rows of {name}")
+                with Collectives() if count else nullcontext() as collectives:
                     ids = self.call(ids, cache)
-                row["collectives_per_step"] = dict(collectives.counts)
+                row["collectives_per_step"] = dict(collectives.counts) if collectives else None
                 for _ in range(self.args.warmup):
                     ids = self.call(ids, cache)
                 synchronize(self.device)
@@ -220,8 +226,16 @@ class Bench:
             row["problem"] = f"out of memory: {str(error).splitlines()[0]}"
         return row
 
+    def measure_ours(self, mode: str, batch: int, context: int) -> dict[str, Any]:
+        """`measure` for a KVCache that has seen `context` tokens of every row."""
+        options = self.modes[mode]
+        return self.measure(mode, batch, lambda: self.ours(batch, context, **options), count=not options)
+
     def profile(self, step: Callable[[], Any]) -> dict[str, float]:
-        """Milliseconds of the device's kernels in one step by what they do, and of the whole step (`span`)."""
+        """Milliseconds of the device's kernels in one step by what they do, and of the whole step (`span`).
+
+        `collective kernels` is how many of them a step runs.
+        """
         device = self.device.type == "cuda"
         activity = torch.profiler.ProfilerActivity
         with torch.profiler.profile(activities=[activity.CUDA if device else activity.CPU]) as profiler:
@@ -233,6 +247,7 @@ class Bench:
         for event in kernels:
             kind = next((kind for kind, names in KERNELS.items() if any(n in event.name for n in names)), "other")
             found[kind] += (event.device_time_total if device else event.self_cpu_time_total) / 1000 / PROFILED
+            found["collective kernels"] += (kind == "collectives") / PROFILED
         ends = [time for event in kernels for time in (event.time_range.start, event.time_range.end)]
         found["span"] = (max(ends) - min(ends)) / 1000 / PROFILED
         return {kind: round(ms, 3) for kind, ms in found.items()}
@@ -250,6 +265,20 @@ class Bench:
         row = slots * (2 * width * size + 12 + 8) + 3 * 4 * self.config.vocab_size
         chunk = CHUNK_TOKENS * (self.config.hidden_size * 12 + self.config.intermediate_size * 6)
         return max(8, int((0.9 * free - chunk) / row) // 8 * 8)
+
+
+def reduce_in_one_shot(model: PreTrainedModel, limit: int) -> None:
+    """Let compiled steps sum up to `limit` bytes by reading the other GPUs' memory, without NCCL's rounds.
+
+    There is no public switch: torch keeps both names private while symmetric memory is experimental.
+    """
+    from torch._inductor import config as inductor
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    for mesh in {parameter.device_mesh for parameter in model.parameters() if isinstance(parameter, DTensor)}:
+        enable_symm_mem_for_group(mesh.get_group().group_name)
+    inductor._collective.auto_select = True
+    inductor._collective.one_shot_all_reduce_threshold_bytes = limit
 
 
 def equal_tokens(device: torch.device) -> dict[str, Any]:
@@ -294,6 +323,13 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=32768, help="tokens before the measured steps, one row")
     parser.add_argument("--batch", type=int, nargs="+", default=[64], help="rows of the throughput rows")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    parser.add_argument("--compile", action="store_true", help="also with compile=True, the largest batch only so")
+    parser.add_argument(
+        "--one-shot",
+        type=int,
+        metavar="BYTES",
+        help="let compiled all-reduces of so many bytes or fewer read the other GPUs at once (experimental in torch)",
+    )
     parser.add_argument("--profile", action="store_true", help="also the device's time in each kind of kernel")
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--warmup", type=int, default=8)
@@ -337,12 +373,15 @@ def main() -> None:
 
     with torch.no_grad():
         bench = Bench(args, device)
+        if args.one_shot is not None:
+            reduce_in_one_shot(bench.model, args.one_shot)
         # As many tokens as fill the slots and evict: a bounded cache steps alike after any longer context.
         filled = args.budget + 16
-        if "one" in args.parts:
-            keep(bench.measure("liquidfusion", 1, lambda: bench.ours(1, args.context)))
-        for batch in args.batch if "batch" in args.parts else ():
-            keep(bench.measure("liquidfusion", batch, lambda n=batch: bench.ours(n, filled)))
+        sizes = [(1, args.context)] if "one" in args.parts else []
+        sizes += [(batch, filled) for batch in args.batch] if "batch" in args.parts else []
+        for batch, context in sizes:
+            for name in bench.modes:
+                keep(bench.measure_ours(name, batch, context))
         if "rivals" in args.parts:
             for kind in ("dynamic", "static"):
                 name = f"{kind.title()}Cache"
@@ -351,13 +390,13 @@ def main() -> None:
             for batch in args.batch:
                 keep(bench.measure("DynamicCache", batch, lambda n=batch: bench.theirs("dynamic", n, args.context)))
         if "largest" in args.parts:
-            largest = bench.largest_batch()
-            keep(bench.measure("liquidfusion", largest, lambda: bench.ours(largest, filled)))
+            keep(bench.measure_ours(list(bench.modes)[-1], bench.largest_batch(), filled))
     counts = {row["cache"]: row.get("collectives_per_step") for row in rows if row["batch"] == 1}
     if {"liquidfusion", "DynamicCache"} <= set(counts):
         result["collectives_added"] = counts["liquidfusion"] != counts["DynamicCache"]
     if dist.get_rank() == 0:
         show(result)
+    gc.collect()  # NCCL waits for every graph that holds one of its kernels
     dist.barrier()
     dist.destroy_process_group()
 
