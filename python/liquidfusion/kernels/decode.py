@@ -278,11 +278,11 @@ def _config(slots: int, programs: int, row_bytes: int, device: torch.device) -> 
         tile = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
         tiles = triton.cdiv(slots, tile)
         # Two programs per multiprocessor hide each other's latency; a split shorter than one tile gains nothing.
-        device_limits = torch.cuda.get_device_properties(device)
-        places = 2 * device_limits.multi_processor_count
+        properties = torch.cuda.get_device_properties(device)
+        places = 2 * properties.multi_processor_count
         splits, stages = max(1, min(tiles, MAX_SPLITS, places // programs)), 2
         # Three stages of two 16 KiB tiles must leave room for the second program (not on an A100).
-        if 2 * programs > places and device_limits.shared_memory_per_multiprocessor >= 192 * 1024:
+        if 2 * programs > places and properties.shared_memory_per_multiprocessor >= 192 * 1024:
             # A last round of programs that leaves most multiprocessors idle takes as long as a full one.
             splits = min(tiles, max((1, 2, 4), key=lambda n: programs * n / triton.cdiv(programs * n, places)))
             stages = 3

@@ -76,10 +76,12 @@ impl Candidates<'_> {
     pub(crate) fn find_bad(&self) -> Option<BadScore> {
         let Scores { mass, peak } = self.scores?;
         let positions = self.positions();
+        let wrong = |(&p, &v): (&i32, &f32)| (p >= 0) & !valid(v);
         let bad = |values: &[f32]| {
+            let candidates = positions.iter().zip(values);
             // As a rule there is none, which is seen without a branch for each.
-            let any = positions.iter().zip(values).fold(false, |any, (&p, &v)| any | ((p >= 0) & !valid(v)));
-            any.then(|| positions.iter().zip(values).position(|(&p, &v)| p >= 0 && !valid(v)))?
+            let any = candidates.clone().fold(false, |any, candidate| any | wrong(candidate));
+            any.then(|| candidates.clone().position(wrong))?
         };
         bad(mass)
             .map(|index| BadScore { peak: false, index })
