@@ -1,7 +1,8 @@
 """Time the kernels against what bounds them, in one run on one card.
 
 Decode is measured against the time to read the slots at the card's own copy rate, the score kernel against the cuDNN
-attention whose log-sum-exp it uses. Correctness comes first; the table comes last.
+attention whose log-sum-exp it uses, the placing of a chunk against torch's operators for it. Correctness comes first;
+the table comes last.
 
     python benches/kernels.py            # Llama-3.1-8B shape: 32 query heads, 8 kv heads, head_dim 128, bfloat16
     python benches/kernels.py --sweep    # other tile shapes and splits too
@@ -16,6 +17,7 @@ import itertools
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -216,6 +218,40 @@ def bench_prefill(lengths: list[int], sweep: bool) -> list[str]:
     return rows
 
 
+def place_case(rows: int, heads: int, slots: int, columns: int) -> tuple[torch.Tensor, ...]:
+    """(source, new, stored) where every column gets a slot of its own."""
+    new = torch.randn(rows, columns, heads, 128, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+    stored = torch.randn(rows, heads, slots, 128, dtype=torch.bfloat16, device="cuda")
+    source = torch.full((rows, heads, slots), -1, dtype=torch.int32, device="cuda")
+    chosen = torch.rand(rows, heads, slots, device="cuda").argsort(-1)[..., :columns]
+    source.scatter_(2, chosen, torch.arange(columns, dtype=torch.int32, device="cuda").expand_as(chosen))
+    return source, new, stored
+
+
+def place_with_torch(source: torch.Tensor, new: torch.Tensor, stored: torch.Tensor) -> None:
+    """What runs where the kernels do not: it rewrites every slot."""
+    column = source.clamp(min=0).long()[..., None].expand(-1, -1, -1, new.shape[3])
+    torch.where((source >= 0)[..., None], new.gather(2, column), stored, out=stored)
+
+
+def bench_place(rate: float) -> list[str]:
+    """Rows of the table: a chunk's keys into the slots of one layer."""
+    found = []
+    for rows, heads, columns in ((1, 8, 2048), (64, 8, 256), (436, 4, 37), (872, 4, 18)):
+        case = place_case(rows, heads, 2048, columns)
+        expected = case[2].clone()
+        place_with_torch(*case[:2], expected)
+        kernels.place(*case)
+        assert torch.equal(case[2], expected)
+        time, generic = (median_ms(partial(f, *case), 10) * 1e3 for f in (kernels.place, place_with_torch))
+        floor = (case[0].nbytes + 2 * case[1].nbytes) / rate * 1e6
+        found.append(
+            f"place B={rows} heads={heads} S=2048, {columns} columns: {time:.0f} us, floor {floor:.0f} us, "
+            f"torch {generic:.0f} us, ratio {time / generic:.3f}"
+        )
+    return found
+
+
 def small() -> None:
     """Run every kernel once on small shapes with slots to spare and padding: for compute-sanitizer."""
     for arguments in decode_layers(2, 200, 2, (8, 2, 80)):
@@ -244,6 +280,7 @@ def small() -> None:
             peak_reach=reach,
             **RULES,
         )
+    kernels.place(*place_case(2, 3, 200, 50))
     torch.cuda.synchronize()
     print("every kernel ran")
 
@@ -262,6 +299,7 @@ def main() -> None:
     rows = [f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {rate / 1e12:.2f} TB/s"]
     rows += bench_prefill(options.tokens, options.sweep)
     rows += bench_decode(rate, options.sweep)
+    rows += bench_place(rate)
     print(*rows, sep="\n")
 
 

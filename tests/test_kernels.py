@@ -391,6 +391,31 @@ def test_prefill_agrees_with_decode_token_by_token():
     close(peak, expected[2], 1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "head_dim"), DIMS)
+def test_place(dtype, head_dim):
+    """Chosen columns arrive as they are; the other slots keep their bits, also NaN's."""
+    generator = torch.Generator().manual_seed(head_dim)
+    batch, heads, columns, slots = 2, 1 + NATIVE, 9, 70
+    new = torch.randn(batch, columns, heads, head_dim, generator=generator).transpose(1, 2)
+    stored = torch.randn(batch, heads, slots, head_dim, generator=generator)
+    stored[..., 3, :] = math.nan
+    source = torch.full((batch, heads, slots), -1, dtype=torch.int32)
+    for row in range(batch):
+        for head in range(heads):
+            count = 5 + row
+            chosen = torch.randperm(slots, generator=generator)[:count]
+            source[row, head, chosen] = torch.randperm(columns, generator=generator)[:count].int()
+    source[..., slots - 1] = columns - 1
+    new, stored, source = new.to(DEVICE, dtype), stored.to(DEVICE, dtype), source.to(DEVICE)
+    expected = stored.clone()
+    for row, head, slot in (source >= 0).nonzero().tolist():
+        expected[row, head, slot] = new[row, head, source[row, head, slot]]
+    for given in (new, new.mT.contiguous().mT):  # the second's last axis has gaps
+        slots_now = stored.clone()
+        kernels.place(source, given, slots_now)
+        assert torch.equal(slots_now.view(torch.uint8), expected.view(torch.uint8))
+
+
 def test_available():
     assert kernels.available() == NATIVE
     assert not kernels.available("cpu")

@@ -986,6 +986,11 @@ class Call:
         source = torch.empty(shape, dtype=torch.int32, pin_memory=key.device.type == "cuda")
         store.chunk(index, self._ranks(), mass, peak, source)
         source = source.to(key.device, non_blocking=True)
+        if kernels_usable(key.device):
+            with torch.cuda.device_of(key):  # type: ignore[no-untyped-call]
+                for buffer, new in ((layer.keys, key), (layer.values, value)):
+                    kernels.place(source, new, buffer)
+            return
         moved, column = (source >= 0)[..., None], source.clamp(min=0).long()[..., None]
         for buffer, new in ((layer.keys, key), (layer.values, value)):
             torch.where(moved, new.gather(2, column.expand(-1, -1, -1, new.shape[3])), buffer, out=buffer)

@@ -1,7 +1,7 @@
-"""Triton kernels: decode over the slots in place, prefill with exact attention scores.
+"""Triton kernels: decode over the slots in place, prefill with exact attention scores, and what it puts into the slots.
 
 The package needs torch alone to be imported. `available` says whether the kernels can run; without Triton the names
-`decode` and `prefill` do not exist and the generic torch path does the work.
+`decode`, `place` and `prefill` do not exist and the generic torch path does the work.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ except ModuleNotFoundError:
 
 if _FOUND:
     from .decode import decode
+    from .place import place
     from .prefill import prefill
 
-    __all__ = ["available", "decode", "prefill"]
+    __all__ = ["available", "decode", "place", "prefill"]
 else:
     __all__ = ["available"]
 
