@@ -44,7 +44,7 @@ def shape(known: int = 8192) -> dict[str, int | None]:
 
 def prompt(rows: int = 3, tokens: int = 90, padding: tuple[int, ...] = (7, 0, 31)) -> dict[str, torch.Tensor]:
     """The same random tokens on every device, with left padding."""
-    ids = torch.randint(1, 512, (rows, tokens), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(1, 512, (rows, tokens), generator=torch.Generator().manual_seed(1), device="cpu")
     mask = torch.ones_like(ids)
     for row, columns in zip(range(rows), padding, strict=False):
         mask[row, :columns] = 0
@@ -194,6 +194,32 @@ def checks() -> Iterator[tuple[str, Callable[[], bool]]]:
         return same(sample(), sample(graph=False))
 
     yield "sampling with one seed: graph equals eager", sampled
+
+    def many() -> bool:
+        """More pairs of row and head than multiprocessors, so that decode splits otherwise, and a prompt in chunks."""
+        ids, results = prompt(80, 160, padding=())["input_ids"], []
+        for llama in (full, cpu):
+            cache, tokens = lf.KVCache(llama, budget=60), ids.to(llama.device)
+            parts, given = (*tokens.split(30, 1), *tokens[:, :40].split(1, 1)), {cache_keyword(llama): cache}
+            with torch.no_grad():
+                logits = [llama(part, **given).logits[:, -1].cpu() for part in parts]
+            results.append((torch.stack(logits), kept(cache), cache.evictions))
+        close = torch.isclose(results[0][0], results[1][0], atol=1e-3).float().mean().item() > 0.99
+        return close and alike((ids, *results[0][1:]), (ids, *results[1][1:]))
+
+    yield "80 rows in chunks, then single tokens: as on the CPU", many
+
+    def defaults() -> bool:
+        expected = run(half, "liquid_fusion", 60)
+        try:
+            torch.set_default_dtype(torch.bfloat16)
+            torch.set_default_device(DEVICE)
+            return same(run(half, "liquid_fusion", 60), expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+
+    yield "torch's default device and dtype may be others", defaults
 
     def captured() -> bool:
         cache = lf.KVCache(half, budget=60)

@@ -56,3 +56,30 @@ def test_reset_and_a_second_prompt_start_over(monkeypatch):
     again = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, **{cache_keyword(model): cache})
     assert torch.equal(again, first)
     assert torch.equal(torch.stack([cache.positions(i).sort(-1).values for i in range(len(cache))]), kept)
+
+
+def test_the_process_has_defaults_of_its_own(monkeypatch):
+    model = tiny("qwen3")
+    ids = torch.arange(3, 43).view(2, 20)
+    monkeypatch.setattr(cache_module, "kernels_usable", lambda device: True)  # noqa: ARG005
+
+    def run():
+        cache = lf.KVCache(model, "liquid_fusion", 24)
+        tokens = ids
+        for _ in range(12):
+            columns = tokens[:, cache.get_seq_length() :]
+            logits = model(columns, **{cache_keyword(model): cache}).logits
+            tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), 1)
+        assert cache._decoder is not None
+        return tokens, torch.stack([cache.positions(layer) for layer in range(len(cache))])
+
+    with torch.no_grad():
+        expected = run()
+        try:
+            torch.set_default_dtype(torch.bfloat16)
+            torch.set_default_device("meta")
+            found = run()
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+    assert all(map(torch.equal, found, expected))

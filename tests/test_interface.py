@@ -428,6 +428,32 @@ def test_dropout_is_refused(model: PreTrainedModel) -> None:
         feed_all(model, lf.KVCache(model, "h2o", 24), padded((10,)))
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.device("meta")], ids=str)
+@pytest.mark.parametrize("positions", ["absolute", "cache"])
+def test_the_process_has_defaults_of_its_own(
+    model: PreTrainedModel, default: torch.dtype | torch.device, positions: str
+) -> None:
+    """`torch.set_default_dtype` and `torch.set_default_device` change nothing of what is computed and kept."""
+    ids, mask = padded((40, 27, 33))
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        kv = lf.KVCache(model, "liquid_fusion", 24, positions=positions)
+        logits = [one for one, _ in prompt_then_greedy(model, kv, ids, mask, (10, 4, 15, 1, 10), 20)]
+        return torch.stack(logits), torch.stack([kv.positions(layer) for layer in range(2)])
+
+    expected = run()
+    try:
+        if isinstance(default, torch.dtype):
+            torch.set_default_dtype(default)
+        else:
+            torch.set_default_device(default)
+        found = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert all(map(torch.equal, found, expected))
+
+
 def test_made_in_inference_mode_used_outside(model: PreTrainedModel) -> None:
     """Buffers allocated inside `inference_mode` would refuse to be written outside."""
     ids, mask = padded((30,))

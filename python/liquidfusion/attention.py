@@ -240,7 +240,8 @@ def accumulate(
         if columns < mass.shape[-1]:
             mass[..., :columns], peak[..., :columns] = first_mass, first_peak
         return
-    age, passed = ages.to(device)[:, None, :, None], torch.tensor(elapsed, device=device)[:, None, None]
+    age = ages.to(device, torch.float32)[:, None, :, None]
+    passed = torch.tensor(elapsed, dtype=torch.float32, device=device)[:, None, None]
     mean = probabilities.float().mean(2).masked_fill(age < 0, 0.0)
     age = age.clamp(min=0)
     summed, highest = (mean * mass_decay**age).sum(2), (mean * peak_decay**age).amax(2)

@@ -583,9 +583,9 @@ class KVCache(Cache):
         if position_ids.device.type != "cpu" and columns == 1 and self._columns:
             return  # reading it back would stall the device at every step
         given = position_ids.cpu().expand(batch, -1)
-        steps = torch.arange(columns).expand(batch, -1) if ranks is None else ranks.long()
-        own = steps + torch.tensor(seen)[:, None]
-        by_column = (torch.arange(columns) + self._columns).expand(batch, -1)
+        steps = torch.arange(columns, device="cpu").expand(batch, -1) if ranks is None else ranks.long()
+        own = steps + torch.tensor(seen, device="cpu")[:, None]
+        by_column = (torch.arange(columns, device="cpu") + self._columns).expand(batch, -1)
         wrong = (given != own) & (given != by_column) & (steps >= 0)
         if bool(wrong.any()):
             row, column = wrong.nonzero()[0].tolist()
@@ -786,7 +786,7 @@ class Call:
             for buffer, new in ((layer.keys, key), (layer.values, value)):
                 buffer.scatter_(2, slots[..., None, None].expand(-1, -1, 1, buffer.shape[3]), new)
             return
-        rows = torch.tensor(self._single)
+        rows = torch.tensor(self._single, device="cpu")
         columns = self._ranks()[rows].argmax(1)
         for buffer, new in ((layer.keys, key), (layer.values, value)):
             target = slots[rows.to(slots.device)][..., None, None].expand(-1, -1, 1, buffer.shape[3])
@@ -814,7 +814,8 @@ class Call:
         return rotary(grouped, at_query[:, :, None], layer).flatten(1, 2), rotary(keys, at_key, layer)
 
     def _decode(self, number: int, layer: Layer, query: Tensor, scale: float, window: int, softcap: float) -> Tensor:
-        newest = torch.tensor([[n if length else -1] for n, length in zip(self.seen, self.lengths, strict=True)])
+        last = [[n if length else -1] for n, length in zip(self.seen, self.lengths, strict=True)]
+        newest = torch.tensor(last, device="cpu")
         dense = len(self._single) == self.batch and min(self.seen) + 1 >= layer.keys.shape[2] and not window
         ages, newest = newest.clamp(max=0).int(), newest.to(query.device)
         mask = None if dense else attention.visible(newest, layer.positions, window)
@@ -843,7 +844,7 @@ class Call:
             # Triton launches on the current device, wherever the tensors are.
             with torch.cuda.device_of(key):  # type: ignore[no-untyped-call]
                 return self._fused_chunk(store, index, layer, query, key, value, scale, window, softcap)
-        ranks, seen = self._ranks(), torch.tensor(self.seen, dtype=torch.int32)[:, None]
+        ranks, seen = self._ranks(), torch.tensor(self.seen, dtype=torch.int32, device="cpu")[:, None]
         query_positions = (ranks + seen).masked_fill(ranks < 0, -1)
         new_positions = query_positions.clone()
         new_positions[self._single] = -1  # their one token is in its slot already
@@ -957,7 +958,7 @@ class Call:
             self._choose(store, index, layer, key, value, scores.cpu())
             return
         if self._host_scores is None or self._host_scores.shape != scores.shape:  # layers may differ in slots
-            self._host_scores = torch.empty(scores.shape, pin_memory=True)
+            self._host_scores = torch.empty(scores.shape, dtype=torch.float32, device="cpu", pin_memory=True)
         host = self._host_scores
         host.copy_(scores, non_blocking=True)
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -983,7 +984,7 @@ class Call:
             rows = self._single
             store.set_scores(index, rows, mass[rows, :, : store.slots], peak[rows, :, : store.slots])
         shape = (store.batch, store.kv_heads, store.slots)
-        source = torch.empty(shape, dtype=torch.int32, pin_memory=key.device.type == "cuda")
+        source = torch.empty(shape, dtype=torch.int32, device="cpu", pin_memory=key.device.type == "cuda")
         store.chunk(index, self._ranks(), mass, peak, source)
         source = source.to(key.device, non_blocking=True)
         if kernels_usable(key.device):
@@ -998,19 +999,20 @@ class Call:
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Ages and first positions on a device; copied once a call, since each such copy waits for the device."""
         if device not in self._by_device:
-            first = torch.tensor(self.seen, dtype=torch.int32)
+            first = torch.tensor(self.seen, dtype=torch.int32, device="cpu")
             self._by_device[device] = self._ages().to(device), first.to(device)
         return self._by_device[device]
 
     def _ranks(self) -> Tensor:
         if self.ranks is not None:
             return self.ranks.contiguous()
-        return torch.arange(self.columns, dtype=torch.int32).repeat(self.batch, 1)
+        return torch.arange(self.columns, dtype=torch.int32, device="cpu").repeat(self.batch, 1)
 
     def _ages(self) -> Tensor:
         """Real tokens that follow each column in the call, int32 `[batch, columns]` on the CPU; -1 for padding."""
         ranks = self._ranks()
-        return (torch.tensor(self.lengths, dtype=torch.int32)[:, None] - 1 - ranks).masked_fill(ranks < 0, -1)
+        lengths = torch.tensor(self.lengths, dtype=torch.int32, device="cpu")[:, None]
+        return (lengths - 1 - ranks).masked_fill(ranks < 0, -1)
 
     def _weights(self, keys: Tensor, values: Tensor) -> Tensor | None:
         return attention.look_weights(keys, values) if self.cache.spec.value_weighted else None

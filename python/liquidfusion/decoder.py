@@ -107,8 +107,8 @@ class Decoder:
         ring = (*store.written.shape, 2 * self.spec.interval)
         with torch.inference_mode(False):
             self.ring = torch.zeros(ring, dtype=torch.int32, device=self.device)
-            self._ring_host = torch.zeros(ring, dtype=torch.int32, pin_memory=self._gpu)
-            self._peeked = torch.zeros(ring, dtype=torch.int32)
+            self._ring_host = torch.zeros(ring, dtype=torch.int32, device="cpu", pin_memory=self._gpu)
+            self._peeked = torch.zeros(ring, dtype=torch.int32, device="cpu")
             self.used = torch.zeros(store.batch, dtype=torch.int32, device=self.device)
             self.seen = torch.zeros(store.batch, dtype=torch.int32, device=self.device)
             self._ids = torch.zeros((store.batch, 1), dtype=torch.int64, device=self.device)
@@ -141,7 +141,7 @@ class Decoder:
         self.store.wait_uploads()
         self._steps = self._replayed = 0
         self.used.zero_()
-        self.seen.copy_(torch.tensor(self.store.ledger.seen, dtype=torch.int32))
+        self.seen.copy_(torch.tensor(self.store.ledger.seen, dtype=torch.int32, device="cpu"))
         if self._gpu:
             self._copies.wait_stream(torch.cuda.current_stream(self.device))
         self._refill()
@@ -285,7 +285,7 @@ class Decoder:
             return
         if self._staging is None:
             with torch.inference_mode(False):
-                self._staging = torch.empty((2, *host.mass.shape), device=self.device)
+                self._staging = torch.empty((2, *host.mass.shape), dtype=torch.float32, device=self.device)
         torch._foreach_copy_(list(self._staging.flatten(0, 1)), here)
         self._copies.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._copies):

@@ -86,7 +86,7 @@ class Rotary:
             raise UnsupportedError(f"{name} rotates by code of its own, so positions relative to the cache cannot be")
         frequencies = self._frequencies[0]
         width = 2 * frequencies.shape[0]
-        probe = torch.linspace(-1, 1, 3 * width, device=frequencies.device).view(1, 1, 3, width)
+        probe = torch.linspace(-1, 1, 3 * width, dtype=torch.float32, device=frequencies.device).view(1, 1, 3, width)
         positions = torch.tensor([[0, 1, 7]], device=frequencies.device)
         try:
             cos, sin = module(probe[:, 0], positions, *([kind] if kind else []))

@@ -42,7 +42,9 @@ class Scores:
             positions = torch.full(tuple(shape), -1, dtype=torch.int32, device=device, pin_memory=pinned)
             if not scored:
                 return cls(positions, None, None)
-            mass, peak = (torch.zeros(tuple(shape), device=device, pin_memory=pinned) for _ in range(2))
+            mass, peak = (
+                torch.zeros(tuple(shape), dtype=torch.float32, device=device, pin_memory=pinned) for _ in range(2)
+            )
             return cls(positions, mass, peak)
 
     def tensors(self) -> list[Tensor]:
@@ -103,7 +105,7 @@ class Store:
         self.ledger = _core.Ledger(spec, self.host.positions, self.host.mass, self.host.peak, threads=threads)
         self.layers: list[Layer | None] = [None] * layers
         with torch.inference_mode(False):
-            self.written = torch.empty((layers, batch, kv_heads), dtype=torch.int64)
+            self.written = torch.empty((layers, batch, kv_heads), dtype=torch.int64, device="cpu")
 
     @property
     def batch(self) -> int:
