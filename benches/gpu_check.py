@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -65,6 +66,18 @@ def run(
     inputs = {name: value.to(llama.device) for name, value in prompt(tokens=tokens).items()}
     given = {"max_new_tokens": new, "do_sample": False, "num_beams": beams, cache_keyword(llama): cache}
     return llama.generate(**inputs, **given).cpu(), kept(cache), cache.evictions
+
+
+def turns(llama: GenerationMixin, between: Callable[[], object], cast: bool = False, **options: object) -> tuple:
+    """Tokens, kept positions and evictions of a chat of two turns; what `between` gives is held during the second."""
+    cache, ids, held = lf.KVCache(llama, budget=60, **options), prompt(2, 1)["input_ids"], None
+    for turn in range(2):
+        ids = torch.cat((ids, prompt(2, 40 + turn)["input_ids"]), 1)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=cast):
+            given = {"attention_mask": torch.ones_like(ids), cache_keyword(llama): cache}
+            ids = llama.generate(ids, max_new_tokens=50, do_sample=False, **given)
+        held = held or between()
+    return ids.cpu(), kept(cache), cache.evictions
 
 
 def kept(cache: lf.KVCache) -> list[torch.Tensor]:
@@ -194,6 +207,31 @@ def checks() -> Iterator[tuple[str, Callable[[], bool]]]:
         return same(sample(), sample(graph=False))
 
     yield "sampling with one seed: graph equals eager", sampled
+
+    def moved() -> bool:
+        def away() -> list[torch.Tensor]:
+            """What the graph has read so far holds NaN now."""
+            half.cpu()
+            held = [torch.full_like(p, torch.nan, device=DEVICE) for p in half.parameters()]
+            half.to(DEVICE)
+            return held
+
+        return same(turns(half, away), turns(half, away, graph=False))
+
+    yield "weights that have moved between two turns: graph equals eager", moved
+
+    def cast() -> bool:
+        def forget() -> list[torch.Tensor]:
+            """The copies of the weights are gone, and their memory holds NaN."""
+            return [torch.full_like(p, torch.nan, dtype=torch.bfloat16) for p in full.parameters()]
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = turns(full, forget, cast=True)
+        told = DEVICE == "cpu" or any("autocast" in str(warning.message) for warning in caught)
+        return told and same(found, turns(full, forget, cast=True, graph=False))
+
+    yield "under autocast: two turns as without a graph, which the user is told", cast
 
     def many() -> bool:
         """More pairs of row and head than multiprocessors, so that decode splits otherwise, and a prompt in chunks."""

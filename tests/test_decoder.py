@@ -83,3 +83,19 @@ def test_the_process_has_defaults_of_its_own(monkeypatch):
             torch.set_default_dtype(torch.float32)
             torch.set_default_device(None)
     assert all(map(torch.equal, found, expected))
+
+
+def test_keys_of_another_dtype_are_refused(monkeypatch):
+    model = tiny("qwen3")
+    monkeypatch.setattr(cache_module, "kernels_usable", lambda device: True)  # noqa: ARG005
+    cache = lf.KVCache(model, "liquid_fusion", 24)
+    given = {cache_keyword(model): cache}
+    with torch.no_grad():
+        model(torch.full((1, 30), 5), **given)
+        model(torch.full((1, 1), 5), **given)
+        assert cache._decoder is not None
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            pytest.raises(lf.CacheError, match=r"layer 0 makes torch\.bfloat16 keys, the cache holds torch\.float32"),
+        ):
+            model(torch.full((1, 1), 5), **given)

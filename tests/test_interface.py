@@ -454,6 +454,28 @@ def test_the_process_has_defaults_of_its_own(
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.parametrize("strategy", ["full", "streaming", "liquid_fusion"])
+def test_autocast(model: PreTrainedModel, strategy: str) -> None:
+    """Slots hold what the cast layers make, and the logits are as near to those of float32 as with transformers' cache.
+
+    Rotary positions leave queries and keys in float32 there, the values are in bfloat16.
+    """
+    ids, mask = padded((40, 40))
+
+    def run(kv: Any, cast: bool) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            return torch.cat([logits.float() for logits in feed(model, kv, ids, mask, (30, *[1] * 10))])
+
+    exact = run(DynamicCache(), False)
+    kv = lf.KVCache(model, strategy, 96)
+    error = (run(kv, True) - exact).norm() / exact.norm()
+    theirs = (run(DynamicCache(), True) - exact).norm() / exact.norm()
+    assert 0 < error < 2 * theirs
+    assert kv._stores[0].layers[0].keys.dtype == kv._stores[0].layers[0].values.dtype == torch.bfloat16
+    with pytest.raises(lf.CacheError, match=r"layer 0 makes torch\.float32 keys, the cache holds torch\.bfloat16"):
+        model(ids[:, :1], **{cache_keyword(model): kv})
+
+
 def test_made_in_inference_mode_used_outside(model: PreTrainedModel) -> None:
     """Buffers allocated inside `inference_mode` would refuse to be written outside."""
     ids, mask = padded((30,))

@@ -85,6 +85,8 @@ def attention_function(
     if s_aux is not None:
         raise UnsupportedError("attention sinks learnt by the model (s_aux) are not supported")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    # Inside torch.autocast rotary positions leave float32; transformers' own attention casts it, too.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     output = call.attend(query, key, value, scale, sliding_window or 0, softcap or 0.0)
     return output.transpose(1, 2), None
 

@@ -515,7 +515,7 @@ class KVCache(Cache):
             devices = {layer.keys.device for layer in store.layers if layer is not None}
             if len(devices) > 1 or not kernels_usable(devices.pop()):
                 return None
-            self._decoder = Decoder(store, self._graph, self._compile, self._overlap, self.evicting)
+            self._decoder = Decoder(self.model, store, self._graph, self._compile, self._overlap, self.evicting)
         return self._decoder
 
     def _settle(self) -> None:
@@ -750,10 +750,7 @@ class Call:
                 f"{self.cache._windows[number]}"
             )
         layer = store.layer(index, key, value)
-        if layer.keys.dtype != key.dtype:
-            raise CacheError(
-                f"layer {number} makes {key.dtype} keys, the cache holds {layer.keys.dtype}; build a new KVCache"
-            )
+        layer.check(number, key)
         self.attended += 1
         self._write_single(store, index, layer, key, value)
         if self.columns == 1:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from liquidfusion import _core, attention, kernels
@@ -56,6 +58,7 @@ class DecodeCall:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, softcap: float) -> Tensor:
         """Write and attend one token per row: `[batch, heads, 1, head_dim]` in and out."""
         layer = self.layers[self.layer]
+        layer.check(self.layer, key)
         self.attended += 1
         out = kernels.decode(
             query[:, :, 0],
@@ -85,6 +88,8 @@ class Decoder:
 
     Parameters
     ----------
+    model : PreTrainedModel
+        Whose steps they are.
     store : Store
         Slots; all layers on one device.
     graph : bool
@@ -97,8 +102,16 @@ class Decoder:
         False: reuse the ring's slots in turn and decide nothing, to measure what eviction costs.
     """
 
-    def __init__(self, store: Store, graph: bool, compile: bool, overlap: bool, evicting: bool) -> None:  # noqa: A002
-        self.store, self.spec = store, store.spec
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        store: Store,
+        graph: bool,
+        compile: bool,  # noqa: A002
+        overlap: bool,
+        evicting: bool,
+    ) -> None:
+        self.model, self.store, self.spec = model, store, store.spec
         self.graph, self.compile, self.overlap, self._evicting = graph, compile, overlap, evicting
         layer = store.layers[0]
         assert layer is not None
@@ -125,6 +138,8 @@ class Decoder:
         self._deciding = False
         self._forward: Callable[..., Any] | None = None
         self._captured: tuple[torch.cuda.CUDAGraph, Any] | None = None
+        self._captured_with: list[int] = []
+        self._warned = False
         self._warm = False
         self._call = DecodeCall(store, self.spec, self.ring, self.used, self.seen)
 
@@ -138,6 +153,8 @@ class Decoder:
         if self.running:
             return
         self.running = True
+        if self._captured is not None and self._captured_with != self._weights():
+            self._captured = None  # it reads memory that the weights have left
         self.store.wait_uploads()
         self._steps = self._replayed = 0
         self.used.zero_()
@@ -188,7 +205,7 @@ class Decoder:
         if self._gpu:
             torch.cuda.current_stream(self.device).wait_event(self._ring_copied)
         plain = set(inputs) <= GRAPH_INPUTS and inputs.get("return_dict") is not False
-        if self.graph and self._gpu and plain and inputs.get("input_ids") is not None:
+        if self.graph and self._gpu and plain and inputs.get("input_ids") is not None and not self._autocast():
             output = self._graph_step(forward, inputs, columns)
         else:
             output = self._run(forward, inputs)
@@ -199,6 +216,25 @@ class Decoder:
         if self._steps >= self._due:
             self._decide()
         return output
+
+    def _autocast(self) -> bool:
+        """Whether weights are cast on the fly: the copies end with the context, a graph would go on reading them."""
+        if not torch.is_autocast_enabled(self.device.type):
+            return False
+        if not self._warned:
+            self._warned = True
+            name = str(torch.get_autocast_dtype(self.device.type)).removeprefix("torch.")
+            warnings.warn(
+                f"inside torch.autocast decoding runs without a CUDA graph, several times slower: load the model with "
+                f"dtype={name!r} instead",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return True
+
+    def _weights(self) -> list[int]:
+        """Where the weights are."""
+        return list(_addresses(chain(self.model.parameters(), self.model.buffers())))
 
     def _run(self, forward: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         self._call.attended = 0
@@ -255,6 +291,7 @@ class Decoder:
         finally:
             if collecting:
                 gc.enable()
+        self._captured_with = self._weights()
         return graph, output
 
     def _decide(self) -> None:
@@ -328,6 +365,16 @@ class Decoder:
                     raise CacheError("a decision was missed: this is a defect of liquidfusion")
                 ledger.finish()
         self._replayed = self._steps
+
+
+def _addresses(tensors: Iterable[Tensor]) -> Iterator[int]:
+    """Where tensors are; those that are made of others, as DTensor, have no memory but theirs."""
+    for tensor in tensors:
+        if hasattr(tensor, "__tensor_flatten__"):
+            parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+            yield from _addresses(part for part in parts if isinstance(part, Tensor))
+        else:
+            yield tensor.data_ptr()
 
 
 def _own(output: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from liquidfusion import _core
+from liquidfusion.exceptions import CacheError
 
 
 @dataclass
@@ -24,6 +25,19 @@ class Layer:
     positions: Tensor
     mass: Tensor | None
     peak: Tensor | None
+
+    def check(self, number: int, key: Tensor) -> None:
+        """Refuse keys that layer `number` makes in another dtype than it did.
+
+        Raises
+        ------
+        CacheError
+            Naming both.
+        """
+        if key.dtype != self.keys.dtype:
+            raise CacheError(
+                f"layer {number} makes {key.dtype} keys, the cache holds {self.keys.dtype}; build a new KVCache"
+            )
 
 
 @dataclass
