@@ -1,5 +1,8 @@
 """The decoder's ring protocol in Triton's interpreter: it keeps what the generic path keeps."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -7,7 +10,7 @@ import liquidfusion as lf
 from liquidfusion import cache as cache_module
 from liquidfusion import kernels
 from liquidfusion.install import cache_keyword
-from tiny import tiny
+from tiny import build, tiny
 
 pytestmark = [
     pytest.mark.skipif(
@@ -99,3 +102,18 @@ def test_keys_of_another_dtype_are_refused(monkeypatch):
             pytest.raises(lf.CacheError, match=r"layer 0 makes torch\.bfloat16 keys, the cache holds torch\.float32"),
         ):
             model(torch.full((1, 1), 5), **given)
+
+
+def test_a_cache_does_not_keep_its_model(monkeypatch):
+    model = build("qwen3")
+    monkeypatch.setattr(cache_module, "kernels_usable", lambda device: True)  # noqa: ARG005
+    cache = lf.KVCache(model, "liquid_fusion", 24)
+    with torch.no_grad():
+        for columns in (20, 1, 1):
+            model(torch.full((1, columns), 5), **{cache_keyword(model): cache})
+    assert cache._decoder is not None
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert cache.get_seq_length() == 22

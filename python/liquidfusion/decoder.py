@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
@@ -111,7 +112,8 @@ class Decoder:
         overlap: bool,
         evicting: bool,
     ) -> None:
-        self.model, self.store, self.spec = model, store, store.spec
+        self._model = weakref.ref(model)  # as the cache: neither keeps its memory
+        self.store, self.spec = store, store.spec
         self.graph, self.compile, self.overlap, self._evicting = graph, compile, overlap, evicting
         layer = store.layers[0]
         assert layer is not None
@@ -136,7 +138,7 @@ class Decoder:
         self._replayed = 0  # of them, known to the host's ledger
         self._due = 0  # step after which the ring must be refilled
         self._deciding = False
-        self._forward: Callable[..., Any] | None = None
+        self._compiled: Callable[..., Any] | None = None
         self._captured: tuple[torch.cuda.CUDAGraph, Any] | None = None
         self._captured_with: list[int] = []
         self._warned = False
@@ -234,7 +236,9 @@ class Decoder:
 
     def _weights(self) -> list[int]:
         """Where the weights are."""
-        return list(_addresses(chain(self.model.parameters(), self.model.buffers())))
+        model = self._model()
+        assert model is not None  # it is running
+        return list(_addresses(chain(model.parameters(), model.buffers())))
 
     def _run(self, forward: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         self._call.attended = 0
@@ -258,16 +262,17 @@ class Decoder:
             self._positions.copy_(position_ids)
         static = {k: v for k, v in inputs.items() if k not in ("attention_mask", "input_ids", "position_ids")}
         static |= {"input_ids": self._ids, "position_ids": self._positions}
-        if self._forward is None:
+        if self.compile and self._compiled is None:
             # The step bound by memory, one token per row: a matrix product of one row is best a fused reduction.
             options: dict[str, Any] = {"coordinate_descent_tuning": self.store.batch == 1}
-            self._forward = torch.compile(forward, dynamic=False, options=options) if self.compile else forward
+            self._compiled = torch.compile(forward, dynamic=False, options=options)
+        step = self._compiled or forward
         if not self._warm:
             self._warm = True
-            return self._run(self._forward, static)
+            return self._run(step, static)
         if self._captured is None:
             try:
-                self._captured = self._capture(static)
+                self._captured = self._capture(step, static)
             except RuntimeError as error:
                 self.graph = False
                 warnings.warn(f"CUDA graph capture failed, decoding without it: {error}", RuntimeWarning, stacklevel=2)
@@ -276,9 +281,8 @@ class Decoder:
         graph.replay()
         return _own(output)
 
-    def _capture(self, inputs: dict[str, Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    def _capture(self, forward: Callable[..., Any], inputs: dict[str, Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         """Record one step; nothing of it runs."""
-        assert self._forward is not None
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.device)
         # Freeing pinned memory of a dead cache records an event, which would spoil the capture.
@@ -287,7 +291,7 @@ class Decoder:
         gc.disable()
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                output = self._run(self._forward, inputs)
+                output = self._run(forward, inputs)
         finally:
             if collecting:
                 gc.enable()
