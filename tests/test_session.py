@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,7 @@ def test_going_on_equals_not_having_stopped(tmp_path: Path, name: str, strategy:
         assert [path.name for path in tmp_path.iterdir()] == ["talk.safetensors"], "no temporary file stays"
         others = [lf.KVCache.load(tmp_path / "talk.safetensors", model) for _ in range(2)]
     else:
-        others = [kv.copy() for _ in range(2)]
+        others = [kv.copy(), copy.deepcopy(kv)]
     for other in others:
         assert other.spec == kv.spec
         assert repr(other) == repr(kv)
@@ -194,11 +196,22 @@ def test_another_model_is_refused(saved: Path) -> None:
         lf.KVCache.load(saved, build("llama").double())
 
 
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lf.KVCache.copy])
+def test_copies_of_an_unused_cache_are_apart(how: Callable[[lf.KVCache], lf.KVCache]) -> None:
+    kv = lf.KVCache(tiny("llama"), "h2o", 24, sink_size=2, positions="cache", eviction_interval=3)
+    other = how(kv)
+    assert repr(other) == repr(kv)
+    assert other._positions == "cache"
+    ids, mask = start(tiny("llama"), other)
+    assert kv.get_seq_length() == 0
+    assert start(tiny("llama"), kv)[0].tolist() == ids.tolist()
+    assert go_on(tiny("llama"), kv, ids, mask) == go_on(tiny("llama"), other, ids, mask)
+
+
 def test_what_cannot_be_saved(tmp_path: Path) -> None:
     kv = lf.KVCache(tiny("llama"), "h2o", 24)
-    for refused in (lambda: kv.save(tmp_path / "x"), kv.copy):
-        with pytest.raises(lf.CacheError, match="not been used"):
-            refused()
+    with pytest.raises(lf.CacheError, match="not been used"):
+        kv.save(tmp_path / "x")
     start(tiny("llama"), kv)
     with pytest.raises(FileNotFoundError):
         kv.save(tmp_path / "no folder" / "x")

@@ -286,27 +286,39 @@ class KVCache(Cache):
         return cls._from_state(state, model, models.layer_devices(model), options)
 
     def copy(self) -> Self:
-        """A cache of its own with the same contents, to go on in another way from here.
+        """A cache of its own with the same contents, to go on in another way from here; `copy.deepcopy` makes the same.
 
         Raises
         ------
         CacheError
-            The cache has not been used yet, or an earlier call failed half-way.
+            An earlier call failed half-way.
         """
-        options = {
+        options: dict[str, Any] = {
             "threads": self._threads, "graph": self._graph, "compile": self._compile, "overlap": self._overlap
         }  # fmt: skip
+        if not self._columns and self._broken is None:
+            return type(self)(self.model, **self._told_spec(), **options)
         state = self._state()
         devices = [state.tensors[f"keys.{layer}"].device for layer in range(len(self))]
         return self._from_state(state, self.model, devices, options)
+
+    def __copy__(self) -> Self:
+        return self.copy()  # two caches cannot share slots
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self.copy()
+
+    def _told_spec(self) -> dict[str, Any]:
+        """What `KVCache` takes to keep the same tokens; JSON's types only."""
+        (strategy,), parameters = self.spec.__getnewargs_ex__()
+        return {"strategy": strategy, "positions": self._positions, **parameters}
 
     def _state(self) -> session.State:
         if self._broken is not None:
             raise CacheError(f"an earlier call failed half-way ({self._broken}); its state cannot be kept")
         stores = self._settled()
-        (strategy,), parameters = self.spec.__getnewargs_ex__()
         description = {
-            "spec": {"strategy": strategy, "positions": self._positions, **parameters},
+            "spec": self._told_spec(),
             "model": asdict(session.Fingerprint.of(self.model)),
             "columns": self._columns,
             "seen": list(stores[0].ledger.seen),
