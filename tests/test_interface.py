@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -496,6 +498,33 @@ def test_gradients_do_not_pile_up(model: PreTrainedModel) -> None:
     model(ids[:, 30:31], **{keyword: kv})
     for layer in range(2):
         assert all(tensor.grad_fn is None and not tensor.requires_grad for tensor in kv.keys_values(layer))
+
+
+def test_threads_take_turns(model: PreTrainedModel) -> None:
+    """Several conversations in threads, with and without a KVCache, on one model: each goes as if it were alone."""
+
+    def talk(number: int) -> list[list[int]]:
+        kv = lf.KVCache(model, "liquid_fusion", 24) if number % 2 else DynamicCache()
+        return generate(model, padded((40,), seed=number)[0], kv)
+
+    expected = [talk(number) for number in range(6)]
+    lf.uninstall(model)  # so that they race to install as well
+    before, interval = model.config._attn_implementation, sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(1e-5)
+        with ThreadPoolExecutor(6) as pool:
+            assert list(pool.map(talk, range(6))) == expected
+    finally:
+        sys.setswitchinterval(interval)
+    assert model.config._attn_implementation == before
+
+
+def test_a_wrapped_model_compiles_whole(model: PreTrainedModel) -> None:
+    lf.KVCache(model, budget=24)
+    ids = padded((12,))[0]
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
 
 
 def test_dynamic_cache_still_works_beside(model: PreTrainedModel) -> None:

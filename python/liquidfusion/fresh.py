@@ -20,6 +20,8 @@ from liquidfusion.install import CACHE_KEYWORDS, cache_keyword
 def use(model: PreTrainedModel, strategy: str = "liquid_fusion", **parameters: Any) -> Iterator[None]:
     """Give every `model.generate` inside the context, and every pipeline that calls it, a new `KVCache`.
 
+    The context belongs to the model, not to a thread: enter it once, around the threads that generate.
+
     Parameters
     ----------
     model : PreTrainedModel

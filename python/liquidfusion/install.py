@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PreTrainedModel
 
 from liquidfusion import attention, models
@@ -20,6 +22,7 @@ CACHE_KEYWORDS = ("cache", "past_key_values")
 """Names under which transformers passes a cache to `forward`: 5.24 and newer, and 5.17."""
 
 _MARK = "_liquidfusion_original"
+_INSTALLING = threading.Lock()
 
 
 def cache_keyword(model: PreTrainedModel) -> str:
@@ -31,14 +34,20 @@ def cache_keyword(model: PreTrainedModel) -> str:
 def install(model: PreTrainedModel, cache_type: type[KVCache]) -> None:
     """Wrap `model.forward`; a model that is wrapped already stays as it is.
 
-    The wrapper passes every call without a KVCache on untouched. `uninstall` takes it off again.
+    The wrapper passes every call without a KVCache on untouched. Which attention runs is a setting of the model, so
+    calls of several threads take turns. `uninstall` takes it off again.
     """
-    if hasattr(model.forward, _MARK):
-        return
-    attention.register()
+    with _INSTALLING:
+        if not hasattr(model.forward, _MARK):
+            attention.register()
+            _wrap(model, cache_type)
+
+
+def _wrap(model: PreTrainedModel, cache_type: type[KVCache]) -> None:
     had_own = "forward" in model.__dict__
     original = model.forward
     signature = inspect.signature(original)
+    turn = threading.RLock()
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -46,7 +55,10 @@ def install(model: PreTrainedModel, cache_type: type[KVCache]) -> None:
         if cache is None and any(isinstance(value, cache_type) for value in args):
             cache = next(value for value in args if isinstance(value, cache_type))
         if cache is None:
-            return original(*args, **kwargs)
+            if torch.compiler.is_compiling():  # a graph cannot hold a lock
+                return original(*args, **kwargs)
+            with turn:
+                return original(*args, **kwargs)
         if cache.model is not model:
             raise CacheError(
                 f"this KVCache was built for another {type(cache.model).__name__}; build one for this model"
@@ -55,7 +67,8 @@ def install(model: PreTrainedModel, cache_type: type[KVCache]) -> None:
         for parameter in signature.parameters.values():
             if parameter.kind is parameter.VAR_KEYWORD:
                 bound.arguments.update(bound.arguments.pop(parameter.name, {}))
-        return cache.run(bound.arguments, original)
+        with turn:
+            return cache.run(bound.arguments, original)
 
     setattr(forward, _MARK, (original if had_own else None,))
     model.forward = forward
