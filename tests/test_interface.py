@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -167,6 +170,29 @@ def test_uninstall_gives_back_a_forward_of_its_own(model: PreTrainedModel) -> No
     assert calls
     lf.uninstall(model)
     assert model.forward is mine
+
+
+@pytest.mark.parametrize("how", ["copied", "saved"])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_copied_model_is_its_own(model: PreTrainedModel, tmp_path: Path, how: str, own: bool) -> None:
+    """What copies a model that has KVCaches, as trainers do for a reference, gets one with weights of its own."""
+    if own:
+        model.forward = functools.partial(type(model).forward, model)
+    ids = padded((30,))[0]
+    expected = generate(model, ids, lf.KVCache(model, "h2o", 24))
+    if how == "copied":
+        other = copy.deepcopy(model)
+    else:
+        torch.save(model, tmp_path / "model.pt")
+        other = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert generate(other, ids, lf.KVCache(other, "h2o", 24)) == expected
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    assert other(ids).logits.abs().max() == 0
+    assert generate(model, ids, lf.KVCache(model, "h2o", 24)) == expected
+    lf.uninstall(other)
+    assert ("forward" in other.__dict__) == own
+    assert other(ids).logits.abs().max() == 0
 
 
 def feed_all(model: PreTrainedModel, kv: Any, prompt: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
@@ -508,11 +534,12 @@ def test_threads_take_turns(model: PreTrainedModel) -> None:
         return generate(model, padded((40,), seed=number)[0], kv)
 
     expected = [talk(number) for number in range(6)]
-    lf.uninstall(model)  # so that they race to install as well
+    lf.uninstall(model)
     before, interval = model.config._attn_implementation, sys.getswitchinterval()
     try:
         sys.setswitchinterval(1e-5)
         with ThreadPoolExecutor(6) as pool:
+            assert list(pool.map(talk, (1, 3, 5))) == expected[1::2]  # these race to install, too
             assert list(pool.map(talk, range(6))) == expected
     finally:
         sys.setswitchinterval(interval)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -35,43 +36,64 @@ def install(model: PreTrainedModel, cache_type: type[KVCache]) -> None:
     """Wrap `model.forward`; a model that is wrapped already stays as it is.
 
     The wrapper passes every call without a KVCache on untouched. Which attention runs is a setting of the model, so
-    calls of several threads take turns. `uninstall` takes it off again.
+    calls of several threads take turns; one that began before does not wait. `uninstall` takes it off again.
     """
     with _INSTALLING:
         if not hasattr(model.forward, _MARK):
             attention.register()
-            _wrap(model, cache_type)
+            model.forward = Forward(model, cache_type)
 
 
-def _wrap(model: PreTrainedModel, cache_type: type[KVCache]) -> None:
-    had_own = "forward" in model.__dict__
-    original = model.forward
-    signature = inspect.signature(original)
-    turn = threading.RLock()
+class Forward:
+    """`model.forward` of a model that has KVCaches.
 
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        cache = next((kwargs[name] for name in CACHE_KEYWORDS if isinstance(kwargs.get(name), cache_type)), None)
-        if cache is None and any(isinstance(value, cache_type) for value in args):
-            cache = next(value for value in args if isinstance(value, cache_type))
+    An object and no closure: what copies or pickles the model takes it along, and it must call the copy then.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Whose `forward` it takes the place of.
+    cache_type : type
+        `KVCache`.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache_type: type[KVCache]) -> None:
+        self._wrap(model, cache_type, model.__dict__.get("forward"))
+
+    def _wrap(self, model: PreTrainedModel, cache_type: type[KVCache], own: Callable[..., Any] | None) -> None:
+        self._model, self._cache_type = model, cache_type
+        self._original = types.MethodType(type(model).forward, model) if own is None else own
+        self._signature = inspect.signature(self._original)
+        self._turn = threading.RLock()
+        functools.update_wrapper(self, self._original)
+        setattr(self, _MARK, (own,))
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self._model, self._cache_type, *getattr(self, _MARK)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self._wrap(*state)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a call with a KVCache by it, any other one as it comes."""
+        cache = next((kwargs[name] for name in CACHE_KEYWORDS if isinstance(kwargs.get(name), self._cache_type)), None)
+        if cache is None and any(isinstance(value, self._cache_type) for value in args):
+            cache = next(value for value in args if isinstance(value, self._cache_type))
         if cache is None:
             if torch.compiler.is_compiling():  # a graph cannot hold a lock
-                return original(*args, **kwargs)
-            with turn:
-                return original(*args, **kwargs)
-        if cache.model is not model:
+                return self._original(*args, **kwargs)
+            with self._turn:
+                return self._original(*args, **kwargs)
+        if cache.model is not self._model:
             raise CacheError(
                 f"this KVCache was built for another {type(cache.model).__name__}; build one for this model"
             )
-        bound = signature.bind_partial(*args, **kwargs)
-        for parameter in signature.parameters.values():
+        bound = self._signature.bind_partial(*args, **kwargs)
+        for parameter in self._signature.parameters.values():
             if parameter.kind is parameter.VAR_KEYWORD:
                 bound.arguments.update(bound.arguments.pop(parameter.name, {}))
-        with turn:
-            return cache.run(bound.arguments, original)
-
-    setattr(forward, _MARK, (original if had_own else None,))
-    model.forward = forward
+        with self._turn:
+            return cache.run(bound.arguments, self._original)
 
 
 def uninstall(model: PreTrainedModel) -> None:
