@@ -33,6 +33,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 import liquidfusion as lf
 from liquidfusion.bench import speed
+from liquidfusion.cache import make_spec
 from liquidfusion.install import cache_keyword
 
 LLAMA_31_8B = {name: value for name, value in speed.SHAPES["llama-3.1-8b"].items() if name != "model_type"}
@@ -314,6 +315,22 @@ def equal_tokens(device: torch.device) -> dict[str, Any]:
     return results
 
 
+def refuse(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Name what cannot be, before anything is built."""
+    if "WORLD_SIZE" not in os.environ:
+        parser.error("it needs torchrun: torchrun --nproc-per-node 2 benches/tensor_parallel.py ...")
+    processes, heads = int(os.environ["WORLD_SIZE"]), SHAPES[args.shape]["num_key_value_heads"]
+    if heads % processes:
+        parser.error(f"{processes} processes cannot share the {heads} key/value heads of {args.shape}; a divisor can")
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", processes)), torch.cuda.device_count()
+    if args.device == "cuda" and here > gpus:
+        parser.error(f"{here} processes need {here} GPUs, {gpus} found")
+    try:
+        make_spec(args.strategy, args.budget)
+    except lf.ConfigError as error:
+        parser.error(str(error))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="custom")
@@ -336,6 +353,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", help="file for the result as JSON")
     args = parser.parse_args()
+    refuse(parser, args)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

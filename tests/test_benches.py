@@ -150,6 +150,31 @@ def test_prefill_quality_refuses(
     assert words in f"{stopped.value} {capsys.readouterr().err}"
 
 
+@pytest.mark.parametrize(
+    ("processes", "options", "told"),
+    [
+        (None, [], "it needs torchrun"),
+        ("3", [], "3 processes cannot share the 4 key/value heads of custom"),
+        ("2", ["--budget", "2"], "budget 2 is out of range"),
+        ("2", ["--strategy", "h20"], 'got "h20"'),
+    ],
+)
+def test_tensor_parallel_refuses(
+    processes: str | None,
+    options: list[str],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if processes is not None:
+        monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.setattr(sys, "argv", ["tensor_parallel.py", "--device", "cpu", *options])
+    with pytest.raises(SystemExit):
+        script(monkeypatch, "tensor_parallel").main()
+    assert told in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_tensor_parallel(tmp_path: Path) -> None:
     """Two processes on a CPU: every row is there, and the cache talks to nobody."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]

@@ -10,7 +10,7 @@ import liquidfusion as lf
 from liquidfusion import cache as cache_module
 from liquidfusion import kernels
 from liquidfusion.install import cache_keyword
-from tiny import build, tiny
+from tiny import build, defaults, tiny
 
 pytestmark = [
     pytest.mark.skipif(
@@ -78,13 +78,8 @@ def test_the_process_has_defaults_of_its_own(monkeypatch):
 
     with torch.no_grad():
         expected = run()
-        try:
-            torch.set_default_dtype(torch.bfloat16)
-            torch.set_default_device("meta")
+        with defaults(torch.bfloat16), defaults(torch.device("meta")):
             found = run()
-        finally:
-            torch.set_default_dtype(torch.float32)
-            torch.set_default_device(None)
     assert all(map(torch.equal, found, expected))
 
 

@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast, pipeline
 
 import liquidfusion as lf
-from tiny import VOCABULARY, build, cache_keyword, feed, padded, prompt_then_greedy
+from tiny import VOCABULARY, build, cache_keyword, defaults, feed, padded, prompt_then_greedy
 
 STRATEGIES = tuple(info["name"] for info in lf.strategies())
 GREEDY = {"do_sample": False, "max_new_tokens": 30}
@@ -470,15 +470,8 @@ def test_the_process_has_defaults_of_its_own(
         return torch.stack(logits), torch.stack([kv.positions(layer) for layer in range(2)])
 
     expected = run()
-    try:
-        if isinstance(default, torch.dtype):
-            torch.set_default_dtype(default)
-        else:
-            torch.set_default_device(default)
+    with defaults(default):
         found = run()
-    finally:
-        torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
     assert all(map(torch.equal, found, expected))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -78,6 +79,21 @@ def build(name: str) -> PreTrainedModel:
 def tiny(name: str) -> PreTrainedModel:
     """The one shared model of an architecture; tests leave it as they found it."""
     return build(name)
+
+
+@contextmanager
+def defaults(default: torch.dtype | torch.device) -> Iterator[None]:
+    """Another default dtype or device of torch's for new tensors."""
+    if isinstance(default, torch.device):
+        with default:
+            yield
+        return
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def cache_keyword(model: PreTrainedModel) -> str:
