@@ -25,11 +25,11 @@ import torch
 
 
 def load() -> ModuleType:
-    """`liquidfusion.kernels`, by its path where the package is not built."""
+    """`liquidfusion.compute.kernels`, by its path where the package is not built."""
     try:
-        from liquidfusion import kernels
+        from liquidfusion.compute import kernels
     except ImportError:
-        path = Path(__file__).parents[1] / "python" / "liquidfusion" / "kernels" / "__init__.py"
+        path = Path(__file__).parents[1] / "python" / "liquidfusion" / "compute" / "kernels" / "__init__.py"
         spec = importlib.util.spec_from_file_location("liquidfusion_kernels", path)
         kernels = importlib.util.module_from_spec(spec)
         sys.modules["liquidfusion_kernels"] = kernels

@@ -8,7 +8,7 @@ import torch
 
 import liquidfusion as lf
 from liquidfusion import cache as cache_module
-from liquidfusion import kernels
+from liquidfusion.compute import kernels
 from liquidfusion.install import cache_keyword
 from tiny import build, defaults, tiny
 

@@ -1,7 +1,7 @@
 """Each kernel against its naive torch twin, on random shapes with NaN in every buffer that must not be read.
 
 Without a GPU the kernels run in Triton's interpreter. The file needs no built extension: it loads
-`liquidfusion.kernels` by its path where the package cannot be imported.
+`liquidfusion.compute.kernels` by its path where the package cannot be imported.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 try:
-    from liquidfusion import kernels
+    from liquidfusion.compute import kernels
 except ImportError:
-    _path = Path(__file__).parents[1] / "python" / "liquidfusion" / "kernels" / "__init__.py"
+    _path = Path(__file__).parents[1] / "python" / "liquidfusion" / "compute" / "kernels" / "__init__.py"
     _spec = importlib.util.spec_from_file_location("liquidfusion_kernels", _path)
     kernels = importlib.util.module_from_spec(_spec)
     sys.modules["liquidfusion_kernels"] = kernels

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 import liquidfusion as lf
 from liquidfusion import cache as cache_module
-from liquidfusion import kernels, session
+from liquidfusion import session
+from liquidfusion.compute import kernels
 from tiny import build, cache_keyword, padded, tiny
 
 STRATEGIES = tuple(info["name"] for info in lf.strategies())

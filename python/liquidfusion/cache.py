@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from liquidfusion import _core, attention, kernels, models, session
+from liquidfusion import _core, attention, models, session
+from liquidfusion.compute import kernels
 from liquidfusion.decoder import Decoder
 from liquidfusion.exceptions import CacheError, ConfigError, UnsupportedError
 from liquidfusion.install import install, switched

@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from liquidfusion import _core, attention, kernels
+from liquidfusion import _core, attention
+from liquidfusion.compute import kernels
 from liquidfusion.exceptions import CacheError
 from liquidfusion.store import Layer, Store
 
