@@ -20,10 +20,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from liquidfusion import _core, attention
 from liquidfusion.compute import kernels
-from liquidfusion.exceptions import CacheError
-from liquidfusion.store import Layer, Store
+from liquidfusion.compute.softmax import How
+from liquidfusion.exceptions import CacheError, UnsupportedError
+from liquidfusion.options import Run
+from liquidfusion.run.backend import Backend, attending
+from liquidfusion.state.group import Group
+from liquidfusion.state.slots import Slots
 
 GRAPH_INPUTS = frozenset(
     {
@@ -40,16 +43,17 @@ GRAPH_INPUTS = frozenset(
 """Arguments of `forward` under which the captured graph computes what an eager call would."""
 
 
-class DecodeCall:
-    """The running call as the attention layers see it: every layer goes through the decode kernel."""
+class DecodeStep(Backend):
+    """A decode step as the attention layers see it: every layer goes through the decode kernel.
 
-    def __init__(self, store: Store, spec: _core.Spec, ring: Tensor, used: Tensor, seen: Tensor) -> None:
-        # Plain values and lists: torch.compile traces through this object.
-        self.layers: list[Layer] = [layer for layer in store.layers if layer is not None]
+    Plain values and lists: torch.compile traces through this object.
+    """
+
+    def __init__(self, group: Group, device: torch.device, ring: Tensor, used: Tensor, seen: Tensor) -> None:
+        self.slots: list[Slots] = [layer for layer in group.slots if layer is not None]
+        self.scores = [group.ledger.at(index, device) for index in range(group.ledger.layers)]
         self.rings = list(ring.unbind())
-        self.used, self.seen = used, seen
-        self.mass_decay, self.peak_decay = spec.mass_decay, spec.peak_decay
-        self.value_weighted, self.look_gap = spec.value_weighted, spec.look_gap
+        self.used, self.seen, self.rule = used, seen, group.rule
         self.layer = -1
         self.attended = 0
 
@@ -57,82 +61,72 @@ class DecodeCall:
         """Note which layer attends next."""
         self.layer = layer
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
         """Write and attend one token per row: `[batch, heads, 1, head_dim]` in and out."""
-        layer = self.layers[self.layer]
-        layer.check(self.layer, key)
+        slots, scores = self.slots[self.layer], self.scores[self.layer]
+        slots.check(self.layer, key)
         self.attended += 1
+        keys, values = slots.read()
         out = kernels.decode(
             query[:, :, 0],
             key[:, :, 0],
             value[:, :, 0],
-            layer.keys,
-            layer.values,
-            layer.positions,
-            layer.mass,
-            layer.peak,
+            keys,
+            values,
+            scores.positions,
+            scores.mass,
+            scores.peak,
             self.rings[self.layer],
             self.used,
             self.seen,
-            scale=scale,
-            mass_decay=self.mass_decay,
-            peak_decay=self.peak_decay,
-            value_weighted=self.value_weighted,
-            softcap=softcap,
-            window=window,
-            look_gap=self.look_gap,
+            scale=how.scale,
+            mass_decay=self.rule.mass_decay,
+            peak_decay=self.rule.peak_decay,
+            value_weighted=self.rule.value_weighted,
+            softcap=how.softcap,
+            window=how.window,
+            look_gap=self.rule.look_gap,
         )
         return out[:, :, None]
 
 
-class Decoder:
-    """Runs decode steps on one CUDA device while the host's ledger follows behind.
+class Graph:
+    """Runs decode steps on one device while the host's ledger follows behind.
 
     Parameters
     ----------
     model : PreTrainedModel
         Whose steps they are.
-    store : Store
-        Slots; all layers on one device.
-    graph : bool
-        Capture the step in a CUDA graph at the second step; the first one warms up, and both are real.
-    compile : bool
-        Let torch.compile fuse what lies between the kernels.
-    overlap : bool
-        False: wait for each decision instead of running beside it. Same results, slower.
+    group : Group
+        All of its layers, on one device.
+    run : Run
+        `graph`: capture the step in a CUDA graph at the second step; the first one warms up, and both are real.
+        `compile`: let torch.compile fuse what lies between the kernels. `overlap`: False waits for each decision
+        instead of running beside it; same results, slower.
     evicting : bool
         False: reuse the ring's slots in turn and decide nothing, to measure what eviction costs.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        store: Store,
-        graph: bool,
-        compile: bool,  # noqa: A002
-        overlap: bool,
-        evicting: bool,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, group: Group, run: Run, evicting: bool) -> None:
         self._model = weakref.ref(model)  # as the cache: neither keeps its memory
-        self.store, self.spec = store, store.spec
-        self.graph, self.compile, self.overlap, self._evicting = graph, compile, overlap, evicting
-        layer = store.layers[0]
-        assert layer is not None
-        self.device = layer.keys.device
+        self.group, self.ledger, self.spec = group, group.ledger, group.spec
+        self.run, self._capturing, self._evicting = run, run.graph, evicting
+        self.device = devices(group).pop()
         self._gpu = self.device.type == "cuda"
-        ring = (*store.written.shape, 2 * self.spec.interval)
+        batch = self.ledger.batch
+        ring = (*self.ledger.shape[:3], 2 * self.spec.interval)
         with torch.inference_mode(False):
             self.ring = torch.zeros(ring, dtype=torch.int32, device=self.device)
             self._ring_host = torch.zeros(ring, dtype=torch.int32, device="cpu", pin_memory=self._gpu)
             self._peeked = torch.zeros(ring, dtype=torch.int32, device="cpu")
-            self.used = torch.zeros(store.batch, dtype=torch.int32, device=self.device)
-            self.seen = torch.zeros(store.batch, dtype=torch.int32, device=self.device)
-            self._ids = torch.zeros((store.batch, 1), dtype=torch.int64, device=self.device)
-            self._positions = torch.zeros((store.batch, 1), dtype=torch.int64, device=self.device)
+            self.used = torch.zeros(batch, dtype=torch.int32, device=self.device)
+            self.seen = torch.zeros(batch, dtype=torch.int32, device=self.device)
+            self._ids = torch.zeros((batch, 1), dtype=torch.int64, device=self.device)
+            self._positions = torch.zeros((batch, 1), dtype=torch.int64, device=self.device)
         self._staging: Tensor | None = None
         if self._gpu:
             self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-            self._ledger_copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._scores_copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._ring_copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.running = False
         self._steps = 0  # since `start`, all launched
@@ -144,7 +138,12 @@ class Decoder:
         self._captured_with: list[int] = []
         self._warned = False
         self._warm = False
-        self._call = DecodeCall(store, self.spec, self.ring, self.used, self.seen)
+        self._backend = DecodeStep(group, self.device, self.ring, self.used, self.seen)
+
+    @property
+    def captured(self) -> bool:
+        """Whether steps are replayed."""
+        return self._captured is not None
 
     @property
     def pending(self) -> int:
@@ -158,10 +157,10 @@ class Decoder:
         self.running = True
         if self._captured is not None and self._captured_with != self._weights():
             self._captured = None  # it reads memory that the weights have left
-        self.store.wait_uploads()
+        self.ledger.wait()
         self._steps = self._replayed = 0
         self.used.zero_()
-        self.seen.copy_(torch.tensor(self.store.ledger.seen, dtype=torch.int32, device="cpu"))
+        self.seen.copy_(torch.tensor(self.ledger.core.seen, dtype=torch.int32, device="cpu"))
         if self._gpu:
             self._copies.wait_stream(torch.cuda.current_stream(self.device))
         self._refill()
@@ -174,6 +173,8 @@ class Decoder:
             return
         self._join()
         self._replay(last_open=False)
+        if self._steps:
+            self.ledger.attended([1] * self.ledger.batch)
         self.running = False
 
     def abandon(self) -> None:
@@ -208,7 +209,7 @@ class Decoder:
         if self._gpu:
             torch.cuda.current_stream(self.device).wait_event(self._ring_copied)
         plain = set(inputs) <= GRAPH_INPUTS and inputs.get("return_dict") is not False
-        if self.graph and self._gpu and plain and inputs.get("input_ids") is not None and not self._autocast():
+        if self._capturing and self._gpu and plain and inputs.get("input_ids") is not None and not self._autocast():
             output = self._graph_step(forward, inputs, columns)
         else:
             output = self._run(forward, inputs)
@@ -242,14 +243,13 @@ class Decoder:
         return list(_addresses(chain(model.parameters(), model.buffers())))
 
     def _run(self, forward: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-        self._call.attended = 0
-        token = attention.current.set(self._call)
-        attention.traced = self._call
-        try:
+        self._backend.attended = 0
+        with attending(self._backend):
             output = forward(**inputs)
-        finally:
-            attention.current.reset(token)
-            attention.traced = None
+        if self._compiled is None and self._backend.attended != self.ledger.layers:
+            raise UnsupportedError(
+                f"the model ran {self._backend.attended} of {self.ledger.layers} attention layers through the cache"
+            )
         self.used.add_(1)
         self.seen.add_(1)
         return output
@@ -263,9 +263,9 @@ class Decoder:
             self._positions.copy_(position_ids)
         static = {k: v for k, v in inputs.items() if k not in ("attention_mask", "input_ids", "position_ids")}
         static |= {"input_ids": self._ids, "position_ids": self._positions}
-        if self.compile and self._compiled is None:
+        if self.run.compile and self._compiled is None:
             # The step bound by memory, one token per row: a matrix product of one row is best a fused reduction.
-            options: dict[str, Any] = {"coordinate_descent_tuning": self.store.batch == 1}
+            options: dict[str, Any] = {"coordinate_descent_tuning": self.ledger.batch == 1}
             self._compiled = torch.compile(forward, dynamic=False, options=options)
         step = self._compiled or forward
         if not self._warm:
@@ -275,7 +275,7 @@ class Decoder:
             try:
                 self._captured = self._capture(step, static)
             except RuntimeError as error:
-                self.graph = False
+                self._capturing = False
                 warnings.warn(f"CUDA graph capture failed, decoding without it: {error}", RuntimeWarning, stacklevel=2)
                 return self._run(forward, inputs)
         graph, output = self._captured
@@ -302,38 +302,37 @@ class Decoder:
     def _decide(self) -> None:
         """At a watermark: let the host's ledger catch up and, where a queue runs low, start copying the scores."""
         self._replay(last_open=True)
-        ledger = self.store.ledger
-        if self.spec.scored and min(ledger.queue_lengths()) <= self.spec.interval:
+        if self.spec.scored and self.ledger.due():
             self._deciding = True
             self._copy_scores()
-            if not self.overlap or not self._gpu:
+            if not self.run.overlap or not self._gpu:
                 self._join()
             else:
                 self._due = self._steps + 2 * self.spec.interval  # set for good when the decision is joined
         else:
-            ledger.finish()
+            self.ledger.finish()
             if self._gpu:
                 # The host may be ahead: the ring is written once the step launched last has read its entry.
                 self._copies.wait_stream(torch.cuda.current_stream(self.device))
             self._refill()
 
     def _copy_scores(self) -> None:
-        mirror, host = self.store.mirrors[self.device], self.store.host
-        assert host.mass is not None
-        assert host.peak is not None
-        here = [s.mass for s in mirror if s.mass is not None] + [s.peak for s in mirror if s.peak is not None]
+        host = self.ledger.host.attention()
+        assert host is not None
+        layers = [self.ledger.at(index, self.device).attention() or () for index in range(self.ledger.layers)]
+        here = [scores for kind in zip(*layers, strict=True) for scores in kind]
         if not self._gpu:
-            torch._foreach_copy_([*host.mass, *host.peak], here)
+            torch._foreach_copy_([scores for kind in host for scores in kind], here)
             return
         if self._staging is None:
             with torch.inference_mode(False):
-                self._staging = torch.empty((2, *host.mass.shape), dtype=torch.float32, device=self.device)
+                self._staging = torch.empty((2, *self.ledger.shape), dtype=torch.float32, device=self.device)
         torch._foreach_copy_(list(self._staging.flatten(0, 1)), here)
         self._copies.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._copies):
-            host.mass.copy_(self._staging[0], non_blocking=True)
-            host.peak.copy_(self._staging[1], non_blocking=True)
-            self._ledger_copied.record(self._copies)
+            for own, newest in zip(host, self._staging, strict=True):
+                own.copy_(newest, non_blocking=True)
+            self._scores_copied.record(self._copies)
 
     def _join(self) -> None:
         """Finish the decision under way, if any, and send its victims to the ring."""
@@ -341,18 +340,18 @@ class Decoder:
             return
         self._deciding = False
         if self._gpu:
-            self._ledger_copied.synchronize()
-        self.store.ledger.finish()
+            self._scores_copied.synchronize()
+        self.ledger.finish()
         self._refill()
 
     def _refill(self) -> None:
         """Write the queue's first entries into the ring; what is there already is written again unchanged."""
-        ledger, size = self.store.ledger, self._peeked.shape[3]
+        core, size = self.ledger.core, self._peeked.shape[3]
         if self._gpu:
             self._ring_copied.synchronize()  # the pinned buffer is free again
-        ledger.peek(self._peeked, [0] * self.store.batch)
+        core.peek(self._peeked, [0] * self.ledger.batch)
         self._ring_host.copy_(self._peeked.roll(self._replayed % size, 3))
-        self._due = self._replayed + min(size, *ledger.queue_lengths()) - self.spec.interval
+        self._due = self._replayed + min(size, *core.queue_lengths()) - self.spec.interval
         if not self._gpu:
             self.ring.copy_(self._ring_host)
             return
@@ -362,14 +361,19 @@ class Decoder:
 
     def _replay(self, last_open: bool) -> None:
         """Tell the host's ledger of the steps since; the last one stays open for the decision that follows it."""
-        ledger, ones = self.store.ledger, [1] * self.store.batch
+        core, ones = self.ledger.core, [1] * self.ledger.batch
         for step in range(self._replayed, self._steps):
-            ledger.begin(ones, self.store.written)
+            core.begin(ones, self.ledger.written)
             if step + 1 < self._steps or not last_open:
-                if min(ledger.queue_lengths()) <= self.spec.interval and step + 1 < self._steps:
+                if self.ledger.due() and step + 1 < self._steps:
                     raise CacheError("a decision was missed: this is a defect of liquidfusion")
-                ledger.finish()
+                self.ledger.finish()
         self._replayed = self._steps
+
+
+def devices(group: Group) -> set[torch.device]:
+    """Where a group's layers attend."""
+    return {tensor.device for layer in group.slots if layer is not None for tensor in layer.tensors().values()}
 
 
 def _addresses(tensors: Iterable[Tensor]) -> Iterator[int]:

@@ -1,0 +1,77 @@
+"""Who attends while a call of the model runs: found by the attention function, which transformers never hands a cache."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from liquidfusion.compute.softmax import How
+from liquidfusion.exceptions import CacheError
+
+
+class Backend(ABC):
+    """Attends layer by layer, each after it has handed over its keys and values.
+
+    `attended`: layers that have attended in the running call.
+    """
+
+    attended: int = 0
+
+    @abstractmethod
+    def take(self, layer: int) -> None:
+        """Note which layer attends next."""
+
+    @abstractmethod
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
+        """Attend the new columns of that layer to what it stores, and store them.
+
+        Parameters
+        ----------
+        query : Tensor
+            `[batch, heads, columns, head_dim]`.
+        key, value : Tensor
+            `[batch, kv_heads, columns, head_dim]`.
+        how : How
+            Scale, window, softcap and sinks of the layer.
+
+        Returns
+        -------
+        Tensor
+            `[batch, heads, columns, head_dim of the values]`.
+        """
+
+
+_current: ContextVar[Backend | None] = ContextVar("liquidfusion_backend", default=None)
+_traced: Backend | None = None  # the same while torch.compile traces: it cannot look into a ContextVar
+
+
+def running() -> Backend:
+    """Find the backend of the call that runs in this thread.
+
+    Raises
+    ------
+    CacheError
+        There is none.
+    """
+    backend = _traced if torch.compiler.is_compiling() else _current.get()
+    if backend is None:
+        raise CacheError("a KVCache works only in calls of the model it was built for: call model(...) itself")
+    return backend
+
+
+@contextmanager
+def attending(backend: Backend) -> Iterator[None]:
+    """Let a backend attend inside this context."""
+    global _traced
+    token, before = _current.set(backend), _traced
+    _traced = backend
+    try:
+        yield
+    finally:
+        _current.reset(token)
+        _traced = before

@@ -1,0 +1,279 @@
+"""Calls that run as they come: chunks of a prompt everywhere, decode steps where no graph replays them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from liquidfusion.compute import kernels, looks, softmax
+from liquidfusion.compute.looks import Block
+from liquidfusion.compute.rotary import Rotary, query_ranks, ranks
+from liquidfusion.compute.softmax import How
+from liquidfusion.exceptions import CacheError, UnsupportedError
+from liquidfusion.run.backend import Backend
+from liquidfusion.run.step import On, Step
+from liquidfusion.state.group import Chunk, Group, Groups
+from liquidfusion.state.ledger import Scores
+from liquidfusion.state.slots import Slots
+
+
+class Eager(Backend):
+    """One call of the model: attention in plain torch, or in the fused kernels where they serve.
+
+    Parameters
+    ----------
+    groups : Groups
+        What is stored.
+    step : Step
+        What the call brings.
+    windows : list of int
+        Sliding window of each layer by the model's configuration, 0 for none.
+    rotary : Rotary or None
+        Gives positions relative to the cache.
+    relative_from : int
+        Length of a row in tokens from which on its positions are relative.
+    threads : int or None
+        Cap on the core's threads.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        step: Step,
+        windows: list[int],
+        rotary: Rotary | None,
+        relative_from: int,
+        threads: int | None,
+    ) -> None:
+        self.attended = 0
+        self._groups, self._step, self._windows = groups, step, windows
+        self._rotary, self._relative_from, self._threads = rotary, relative_from, threads
+        self._layer: int | None = None
+        self._written: dict[Group, Tensor] = {}
+        # On a GPU a chunk is decided when the next layer attends, so that the device need not wait for the host: it
+        # multiplies on meanwhile. Until then the chunk's keys and values stay, so two layers' exist for a moment.
+        self._undecided: tuple[Group, int, Chunk] | None = None
+        self._pinned: Tensor | None = None
+
+    def take(self, layer: int) -> None:
+        """Note which layer attends next."""
+        self._layer = layer
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
+        """Attend the new columns of that layer to what it stores, and store them."""
+        if self._layer is None:
+            raise CacheError("attention ran for a layer that did not hand its keys and values to the cache")
+        number, self._layer = self._layer, None
+        self._settle()
+        key, value = key.detach(), value.detach()
+        group, index = self._groups[number]
+        if group.spec.strategy == "local" and self._windows[number] not in (0, how.window):
+            raise UnsupportedError(
+                f"layer {number} attends to a window of {how.window} tokens (0: none), the model's configuration says "
+                f"{self._windows[number]}"
+            )
+        self._begin(group, key)
+        slots, scores = group.layer(index, key, value)
+        slots.check(number, key)
+        self.attended += 1
+        self._write_single(group, index, slots, key, value)
+        if self._step.columns == 1:
+            return self._decode(number, group, slots, scores, query, how)
+        return self._chunk(number, query, key, value, how)
+
+    def close(self, layers: int) -> None:
+        """End the call: every layer, row and head gets its next victims.
+
+        Raises
+        ------
+        UnsupportedError
+            Some of the model's `layers` attention layers did not attend here.
+        """
+        if self.attended != layers:
+            raise UnsupportedError(
+                f"the model ran {self.attended} of {layers} attention layers through the cache; every layer must use "
+                "transformers' attention interface"
+            )
+        self._settle()
+        for group in self._written:
+            group.finish(self._step.lengths, decoded=self._step.columns == 1)
+
+    def _begin(self, group: Group, key: Tensor) -> None:
+        if group in self._written:
+            return
+        step, kv_heads = self._step, key.shape[1]
+        needed = max(step.seen) + step.columns
+        if not group.fits(step.batch, kv_heads):
+            group.allocate(step.batch, kv_heads, max(256, needed), key.device)
+        group.reserve(needed)
+        self._written[group] = group.ledger.begin(step.lengths)
+
+    def _write_single(self, group: Group, index: int, slots: Slots, key: Tensor, value: Tensor) -> None:
+        """Rows with one real token overwrite the first slot of their queue before anyone attends (the decode rule)."""
+        rows = self._step.single
+        if not rows:
+            return
+        at = self._written[group][index].to(key.device)
+        if self._step.decodes:
+            slots.write(at, key, value)
+            return
+        row, column = torch.tensor(rows, device=key.device), self._step.single_columns.to(key.device)
+        slots.write(at[row], key[row, :, column][:, :, None], value[row, :, column][:, :, None], rows)
+
+    def _rotated(
+        self, layer: int, query: Tensor, on: On, keys: Tensor, key_positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys rotated to where they stand in the cache, or in the sequence while it is short enough.
+
+        `keys`: `[batch, kv_heads, columns, head_dim]` at `key_positions` `[batch, kv_heads, columns]`.
+        """
+        if self._rotary is None:
+            return query, keys
+        step = self._step
+        length = torch.tensor([a + b for a, b in zip(step.seen, step.lengths, strict=True)], device=query.device)
+        short = (length <= self._relative_from)[:, None, None]
+        positions = on.query_positions
+        at_query = torch.where(short, positions[:, None].clamp(min=0), query_ranks(positions, key_positions))
+        at_key = torch.where(short, key_positions.clamp(min=0), ranks(key_positions))
+        grouped = query.view(query.shape[0], keys.shape[1], -1, *query.shape[2:])
+        return self._rotary(grouped, at_query[:, :, None], layer).flatten(1, 2), self._rotary(keys, at_key, layer)
+
+    def _decode(self, number: int, group: Group, slots: Slots, scores: Scores, query: Tensor, how: How) -> Tensor:
+        step, on = self._step, self._step.on(query.device)
+        keys, values = slots.read()
+        full = step.decodes and min(step.seen) + 1 >= keys.shape[2]
+        mask = None if full and not how.window else softmax.visible(on.query_positions, scores.positions, how.window)
+        observe, own = None, scores.attention()
+        if own is not None:
+            mass, peak = own
+            block = Block(
+                on.query_positions,
+                scores.positions,
+                on.ages,
+                step.lengths,
+                step.seen,
+                1,
+                looks.look_weights(keys, values) if group.rule.value_weighted else None,
+            )
+
+            def observe(probabilities: Tensor) -> None:
+                looks.observe(probabilities, block, group.rule, mass, peak, self._threads)
+
+        query, keys = self._rotated(number, query, on, keys, scores.positions)
+        return softmax.attend(query, keys, values, mask, how, observe)
+
+    def _chunk(self, number: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
+        group, index = self._groups[number]
+        plain = not self._step.single and self._rotary is None and how.sinks is None
+        if plain and group.spec.bounded and kernels.available(key.device):
+            # Triton launches on the current device, wherever the tensors are.
+            with torch.cuda.device_of(key):  # type: ignore[no-untyped-call]
+                output, own = self._look_fused(group, index, query, key, value, how)
+        else:
+            output, own = self._look(number, query, key, value, how)
+        scores = None
+        if own is not None:
+            scores = torch.stack(own)
+            missing = group.ledger.slots + self._step.columns - scores.shape[-1]
+            scores = torch.nn.functional.pad(scores, (missing, 0))
+        self._keep(group, index, key, value, scores)
+        return output
+
+    def _look(
+        self, number: int, query: Tensor, key: Tensor, value: Tensor, how: How
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Attend a chunk to the stored tokens and itself: output, and mass and peak of both `[..., stored + columns]`."""
+        step, on = self._step, self._step.on(key.device)
+        group, index = self._groups[number]
+        slots, scores = group.layer(index, key, value)
+        new_positions = on.new_positions[:, None].expand(-1, key.shape[1], -1)
+        keys, values, positions, own = key, value, new_positions, scores.attention()
+        stored = scores.positions.shape[2] if any(step.seen) or step.single else 0
+        if own is not None:
+            own = tuple(x.new_zeros((*key.shape[:2], step.columns)) for x in own)
+        if stored:
+            keys, values = (torch.cat(pair, 2) for pair in zip(slots.read(), (key, value), strict=True))
+            positions = torch.cat((scores.positions, new_positions), 2)
+            if own is not None:
+                own = tuple(torch.cat(pair, 2) for pair in zip(scores.attention(), own, strict=True))
+        weights = looks.look_weights(keys, values) if own is not None and group.rule.value_weighted else None
+        query, keys = self._rotated(number, query, on, keys, positions)
+
+        output = query.new_empty((*query.shape[:3], value.shape[3]))
+        # Without stored tokens every head sees the same ones, and one mask serves all.
+        seen_positions = positions if stored else positions[:, :1]
+        for part in softmax.blocks(step.batch * query.shape[1], step.columns, keys.shape[2], key.device):
+            end = stored + part.stop  # no query of this block sees a later column
+            queries, seen = on.query_positions[:, part], seen_positions[..., :end]
+            observe = None
+            if own is not None:
+                mass, peak = own
+                block = Block(
+                    queries,
+                    seen,
+                    on.ages[:, part].contiguous(),
+                    step.lengths if part.start == 0 else [0] * step.batch,
+                    step.seen,
+                    max(step.lengths),
+                    None if weights is None else weights[..., :end].contiguous(),
+                )
+
+                def observe(probabilities: Tensor, block: Block = block) -> None:
+                    looks.observe(probabilities, block, group.rule, mass, peak, self._threads)
+
+            mask = softmax.visible(queries, seen, how.window)
+            output[:, :, part] = softmax.attend(
+                query[:, :, part], keys[:, :, :end], values[:, :, :end], mask, how, observe
+            )
+        return output, own
+
+    def _look_fused(
+        self, group: Group, index: int, query: Tensor, key: Tensor, value: Tensor, how: How
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Do the same in the kernels."""
+        step, on, rule = self._step, self._step.on(key.device), group.rule
+        slots, scores = group.layer(index, key, value)
+        stored = scores.positions.shape[2] if any(step.seen) else 0
+        own = scores.attention() or (None, None)
+        keys, values = slots.read() if stored else (key[:, :, :0], value[:, :, :0])
+        output, mass, peak = kernels.prefill(
+            query,
+            key,
+            value,
+            keys,
+            values,
+            scores.positions[..., :stored],
+            on.ages,
+            *(None if x is None else x[..., :stored] for x in own),
+            scale=how.scale,
+            mass_decay=rule.mass_decay,
+            peak_decay=rule.peak_decay,
+            value_weighted=rule.value_weighted,
+            softcap=how.softcap,
+            window=how.window,
+            look_gap=rule.look_gap,
+            peak_reach=rule.peak_reach,
+            first_position=on.first,
+            padded=step.padded,
+            full=min(step.seen) >= group.ledger.slots,
+        )
+        return output, None if mass is None or peak is None else (mass, peak)
+
+    def _keep(self, group: Group, index: int, key: Tensor, value: Tensor, scores: Tensor | None) -> None:
+        if scores is None or key.device.type != "cuda":
+            chunk = Chunk(key, value, None if scores is None else scores.cpu())
+            group.keep(index, self._step.ranks, self._step.lengths, chunk)
+            return
+        if self._pinned is None or self._pinned.shape != scores.shape:  # layers may differ in slots
+            self._pinned = torch.empty(scores.shape, dtype=torch.float32, device="cpu", pin_memory=True)
+        self._pinned.copy_(scores, non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record(torch.cuda.current_stream(key.device))
+        self._undecided = group, index, Chunk(key, value, self._pinned, copied.synchronize)
+
+    def _settle(self) -> None:
+        """Make the choice that the layer before has left open."""
+        if self._undecided is not None:
+            (group, index, chunk), self._undecided = self._undecided, None
+            chunk.copied()
+            group.keep(index, self._step.ranks, self._step.lengths, chunk)
