@@ -13,6 +13,7 @@ from liquidfusion.exceptions import (
     TensorError,
     UnsupportedError,
 )
+from liquidfusion.options import Strategy
 
 __version__ = _version("liquidfusion")
 
@@ -22,21 +23,23 @@ __all__ = [
     "KVCache",
     "LiquidFusionError",
     "ScoreError",
+    "Strategy",
     "TensorError",
     "UnsupportedError",
     "__version__",
+    "cache_keyword",
     "strategies",
     "uninstall",
     "use",
 ]
 
 if TYPE_CHECKING:
-    from liquidfusion.cache import KVCache
-    from liquidfusion.fresh import use
-    from liquidfusion.install import uninstall
+    from liquidfusion.hf.cache import KVCache
+    from liquidfusion.hf.hook import cache_keyword, uninstall
+    from liquidfusion.hf.use import use
 else:
     # torch and transformers take seconds to import: the command line's --help must not wait for them.
-    _LAZY = {"KVCache": "cache", "uninstall": "install", "use": "fresh"}
+    _LAZY = {"KVCache": "hf.cache", "cache_keyword": "hf.hook", "uninstall": "hf.hook", "use": "hf.use"}
 
     def __getattr__(name):
         """Import what needs torch when it is first asked for."""
@@ -46,5 +49,5 @@ else:
         return value
 
     def __dir__():
-        """Names of the module, those not imported yet included."""
-        return sorted(globals().keys() | _LAZY)
+        """What is meant for users."""
+        return list(__all__)

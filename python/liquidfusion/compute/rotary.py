@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from liquidfusion import models
 from liquidfusion.exceptions import UnsupportedError
+from liquidfusion.geometry import Geometry
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary frequencies that do not depend on how long the text is."""
@@ -29,6 +29,8 @@ class Rotary:
     ----------
     model : PreTrainedModel
         A model with rotary positions.
+    geometry : Geometry
+        Of the model.
 
     Raises
     ------
@@ -36,21 +38,22 @@ class Rotary:
         The model has other positions, frequencies that depend on the length, or another order of the rotated halves.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, geometry: Geometry) -> None:
         name = type(model).__name__
         module = next((m for path, m in model.named_modules() if path.endswith("rotary_emb")), None)
         if module is None:
             raise UnsupportedError(f"positions relative to the cache need rotary positions; {name} has none")
-        kinds = getattr(models.text_config(model), "layer_types", None)
-        by_kind = isinstance(module.rope_type, dict)
-        rope_types = module.rope_type.values() if isinstance(module.rope_type, dict) else [module.rope_type]
+        kinds = [layer.rope for layer in geometry.layers]
+        rope_type = getattr(module, "rope_type", None)
+        if rope_type is None:
+            raise UnsupportedError(f"{name} rotates by code of its own, so positions relative to the cache cannot be")
+        rope_types = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
         other = sorted(set(map(str, rope_types)) - set(ROPE_TYPES))
         if other:
             raise UnsupportedError(f"{name} has rotary positions of type {other[0]!r}; {list(ROPE_TYPES)} are accepted")
-        layers = int(models.text_config(model).num_hidden_layers)
-        names = [f"{kinds[i]}_inv_freq" if by_kind and kinds else "inv_freq" for i in range(layers)]
+        names = ["inv_freq" if kind is None else f"{kind}_inv_freq" for kind in kinds]
         self._frequencies: list[Tensor] = [getattr(module, name).float() for name in names]
-        self._check(model, module, kinds[0] if by_kind and kinds else None)
+        self._check(model, module, kinds[0])
 
     def __call__(self, states: Tensor, positions: Tensor, layer: int) -> Tensor:
         """Rotate to positions.

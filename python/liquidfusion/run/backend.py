@@ -64,12 +64,17 @@ def running() -> Backend:
     return backend
 
 
+def traced() -> bool:
+    """Whether torch.compile traces a call of a backend's own."""
+    return _traced is not None
+
+
 @contextmanager
-def attending(backend: Backend) -> Iterator[None]:
-    """Let a backend attend inside this context."""
+def attending(backend: Backend, compiled: bool = False) -> Iterator[None]:
+    """Let a backend attend inside this context; `compiled`: also while torch.compile traces."""
     global _traced
     token, before = _current.set(backend), _traced
-    _traced = backend
+    _traced = backend if compiled else before
     try:
         yield
     finally:

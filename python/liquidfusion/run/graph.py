@@ -111,7 +111,7 @@ class Graph:
         self._model = weakref.ref(model)  # as the cache: neither keeps its memory
         self.group, self.ledger, self.spec = group, group.ledger, group.spec
         self.run, self._capturing, self._evicting = run, run.graph, evicting
-        self.device = devices(group).pop()
+        self.device = group.devices.pop()
         self._gpu = self.device.type == "cuda"
         batch = self.ledger.batch
         ring = (*self.ledger.shape[:3], 2 * self.spec.interval)
@@ -244,7 +244,7 @@ class Graph:
 
     def _run(self, forward: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         self._backend.attended = 0
-        with attending(self._backend):
+        with attending(self._backend, compiled=self._compiled is not None):
             output = forward(**inputs)
         if self._compiled is None and self._backend.attended != self.ledger.layers:
             raise UnsupportedError(
@@ -369,11 +369,6 @@ class Graph:
                     raise CacheError("a decision was missed: this is a defect of liquidfusion")
                 self.ledger.finish()
         self._replayed = self._steps
-
-
-def devices(group: Group) -> set[torch.device]:
-    """Where a group's layers attend."""
-    return {tensor.device for layer in group.slots if layer is not None for tensor in layer.tensors().values()}
 
 
 def _addresses(tensors: Iterable[Tensor]) -> Iterator[int]:

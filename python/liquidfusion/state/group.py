@@ -47,6 +47,11 @@ class Group:
         return slots + (0 if self._ledger is None else self._ledger.nbytes)
 
     @property
+    def devices(self) -> set[torch.device]:
+        """Where its layers attend."""
+        return {tensor.device for layer in self.slots if layer is not None for tensor in layer.tensors().values()}
+
+    @property
     def evictions(self) -> int:
         """Tokens evicted so far, summed over layers, rows and heads."""
         return 0 if self._ledger is None else self._ledger.core.evictions
@@ -143,7 +148,9 @@ class Groups:
         number, index = self.places[layer]
         return self.all[number], index
 
-    def allocate(self, batch: int, kv_heads: int, slots: Sequence[int], device: torch.device) -> None:
-        """Give each group an empty ledger; `slots`: for unbounded strategies."""
-        for group, size in zip(self.all, slots, strict=True):
-            group.allocate(batch, kv_heads, size, device)
+    def device(self, layer: int) -> torch.device:
+        """Where a layer attends, once its slots are there."""
+        group, index = self[layer]
+        slots = group.slots[index]
+        assert slots is not None
+        return next(iter(slots.tensors().values())).device

@@ -10,24 +10,22 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from liquidfusion import models
 from liquidfusion.exceptions import CacheError
-
-if TYPE_CHECKING:
-    from liquidfusion.store import Store
+from liquidfusion.geometry import Geometry
+from liquidfusion.state.group import Group, Groups
 
 KEY, VERSION = "liquidfusion", 1
+SCORES = ("mass", "peak")
 
 
 @dataclass(frozen=True)
@@ -36,24 +34,25 @@ class Fingerprint:
 
     architecture: str
     layers: int
-    kv_heads: int
-    head_dim: int
+    kv_heads: int | list[int]
+    head_dim: int | list[int]
     dtype: str
     windows: list[int]
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Fingerprint:
-        """Of a model; with tensor parallelism, of this process' share."""
-        config = models.text_config(model)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    def of(cls, geometry: Geometry) -> Fingerprint:
+        """Of a model; with tensor parallelism, of this process' share. A number for each layer only where they differ."""
+
+        def alike(values: list[int]) -> int | list[int]:
+            return values[0] if len(set(values)) == 1 else values
+
         return cls(
-            architecture=type(model).__name__,
-            layers=int(config.num_hidden_layers),
-            kv_heads=heads // (getattr(model, "_tp_size", None) or 1),
-            head_dim=width,
-            dtype=str(model.dtype).removeprefix("torch."),
-            windows=models.windows(model),
+            architecture=geometry.architecture,
+            layers=len(geometry.layers),
+            kv_heads=alike([layer.kv_heads for layer in geometry.layers]),
+            head_dim=alike([layer.key_dim for layer in geometry.layers]),
+            dtype=geometry.dtype,
+            windows=list(geometry.windows),
         )
 
 
@@ -79,58 +78,99 @@ class State:
         return total.hexdigest()
 
 
-def gather(stores: list[Store], places: list[tuple[int, int]]) -> dict[str, Tensor]:
-    """Tensors of a state: the stores' own memory, and copies of their queues."""
+def gather(groups: Groups) -> dict[str, Tensor]:
+    """Tensors of a state: the groups' own memory, and copies of their queues."""
     tensors: dict[str, Tensor] = {}
-    for layer, (number, index) in enumerate(places):
-        slots = stores[number].layers[index]
+    for layer in range(len(groups.places)):
+        group, index = groups[layer]
+        slots = group.slots[index]
         assert slots is not None
-        tensors |= {f"keys.{layer}": slots.keys, f"values.{layer}": slots.values}
-    for number, store in enumerate(stores):
-        store.pull_scores()
-        queues = torch.empty_like(store.host.positions)
-        store.ledger.queues(queues)
-        tensors |= {f"positions.{number}": store.host.positions, f"queues.{number}": queues}
-        if store.host.mass is not None and store.host.peak is not None:
-            tensors |= {f"mass.{number}": store.host.mass, f"peak.{number}": store.host.peak}
+        tensors |= {f"{name}.{layer}": tensor for name, tensor in slots.tensors().items()}
+    for number, group in enumerate(groups.all):
+        ledger = group.ledger
+        ledger.pull()
+        queues = torch.empty_like(ledger.host.positions)
+        ledger.core.queues(queues)
+        tensors |= {f"positions.{number}": ledger.host.positions, f"queues.{number}": queues}
+        if (scores := ledger.host.attention()) is not None:
+            tensors |= {f"{kind}.{number}": own for kind, own in zip(SCORES, scores, strict=True)}
     return tensors
 
 
-def scatter(state: State, stores: list[Store], places: list[tuple[int, int]], devices: list[torch.device]) -> None:
-    """Fill new stores from a state.
+def scatter(state: State, groups: Groups, devices: Sequence[torch.device]) -> None:
+    """Fill unused groups from a state.
+
+    Parameters
+    ----------
+    state : State
+        What was read.
+    groups : Groups
+        Of a new cache.
+    devices : sequence of torch.device
+        Where each layer attends.
 
     Raises
     ------
     CacheError
-        Something in it contradicts the stores' shapes or itself.
+        Something in it contradicts the cache's shapes or itself; nothing is allocated before that is known.
     """
-    tensors, seen = dict(state.tensors), state.description["seen"]
-    for layer, (number, index) in enumerate(places):
-        store = stores[number]
-        shape: tuple[int, ...] = (store.batch, store.kv_heads, store.slots, state.description["model"]["head_dim"])
-        keys = _take(tensors, f"keys.{layer}", shape)  # a model whose weights are quantised may have another dtype
-        values = _take(tensors, f"values.{layer}", shape, keys.dtype)
-        slots = store.layer(index, keys[:, :, :0].to(devices[layer]), values[:, :, :0].to(devices[layer]))
-        slots.keys.copy_(keys)
-        slots.values.copy_(values)
-    for number, store in enumerate(stores):
-        shape = tuple(store.host.positions.shape)
-        store.host.positions.copy_(_take(tensors, f"positions.{number}", shape, torch.int32))
-        for kind, own in (("mass", store.host.mass), ("peak", store.host.peak)):
-            if own is not None:
-                scores = _take(tensors, f"{kind}.{number}", shape, torch.float32)
-                if not bool((scores.isfinite() & (scores >= 0)).all()):
-                    raise CacheError(f"{kind}.{number} has scores that are NaN, infinite or negative")
-                own.copy_(scores)
-        store.ledger.restore(_take(tensors, f"queues.{number}", shape, torch.int32).contiguous(), seen)
-        store.push()
+    tensors, told = dict(state.tensors), state.description
+    if len(told["slots"]) != len(groups.all):
+        raise CacheError(f"the session has {len(told['slots'])} groups of layers, this model {len(groups.all)}")
+    shapes = []
+    for number, group in enumerate(groups.all):
+        slots = told["slots"][number] if group.spec.budget is None else group.spec.budget
+        kv_heads = _of_layer(told["model"]["kv_heads"], groups.places.index((number, 0)))
+        shapes.append((len(group.slots), len(told["seen"]), kv_heads, slots))
+        _check_tensor(tensors, f"positions.{number}", shapes[-1], torch.int32)
+    for layer, (number, _) in enumerate(groups.places):
+        shape = (*shapes[number][1:], _of_layer(told["model"]["head_dim"], layer))
+        # A model whose weights are quantised may have another dtype.
+        dtype = _check_tensor(tensors, f"keys.{layer}", shape).dtype
+        _check_tensor(tensors, f"values.{layer}", shape, dtype)
+    for number, group in enumerate(groups.all):
+        group.allocate(*shapes[number][1:], devices[groups.places.index((number, 0))])
+        _fill(group, number, tensors, told["seen"])
+    for layer, device in enumerate(devices):
+        group, index = groups[layer]
+        keys, values = tensors.pop(f"keys.{layer}"), tensors.pop(f"values.{layer}")
+        slots, _ = group.layer(index, keys[:, :, :0].to(device), values[:, :, :0].to(device))
+        for name, own in slots.tensors().items():
+            own.copy_({"keys": keys, "values": values}[name])
+    for group in groups.all:
+        group.ledger.push()
     if tensors:
         raise CacheError(f"tensors {sorted(tensors)} do not belong to a session of this model and strategy")
 
 
+def _fill(group: Group, number: int, tensors: dict[str, Tensor], seen: list[int]) -> None:
+    """Take over positions, scores and queues of one group."""
+    ledger = group.ledger
+    shape = ledger.shape
+    ledger.host.positions.copy_(tensors.pop(f"positions.{number}"))
+    for kind, own in zip(SCORES, ledger.host.attention() or (), strict=False):
+        scores = _take(tensors, f"{kind}.{number}", shape, torch.float32)
+        if not bool((scores.isfinite() & (scores >= 0)).all()):
+            raise CacheError(f"{kind}.{number} has scores that are NaN, infinite or negative")
+        own.copy_(scores)
+    ledger.core.restore(_take(tensors, f"queues.{number}", shape, torch.int32).contiguous(), seen)
+
+
+def _of_layer(told: Any, layer: int) -> int:
+    return int(told[layer] if isinstance(told, list) else told)
+
+
 def _take(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
     """Remove a tensor of a shape and dtype; None: of any floating-point one."""
-    tensor = tensors.pop(name, None)
+    tensor = _check_tensor(tensors, name, shape, dtype)
+    del tensors[name]
+    return tensor
+
+
+def _check_tensor(
+    tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> Tensor:
+    tensor = tensors.get(name)
     if tensor is None:
         raise CacheError(f"tensor {name} is missing")
     right = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
@@ -157,7 +197,7 @@ def write(state: State, path: str | os.PathLike[str]) -> None:
         raise
 
 
-def read(path: str | os.PathLike[str], model: PreTrainedModel) -> State:
+def read(path: str | os.PathLike[str], geometry: Geometry) -> State:
     """Read a state back and check it against its digest and the model.
 
     Raises
@@ -179,7 +219,7 @@ def read(path: str | os.PathLike[str], model: PreTrainedModel) -> State:
     if digest != state.digest():
         raise CacheError(f"{path} was changed after it was saved: its digest does not fit")
     _check(path, description)
-    own = asdict(Fingerprint.of(model))
+    own = asdict(Fingerprint.of(geometry))
     for name, value in own.items():
         saved = description["model"].get(name)
         if saved != value:
