@@ -20,7 +20,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import liquidfusion as lf
-from liquidfusion.install import cache_keyword
 
 
 def model(layers: int) -> LlamaForCausalLM:
@@ -46,7 +45,7 @@ def resident() -> int:
 def stream(args: argparse.Namespace) -> dict[str, Any]:
     llama = model(args.layers)
     cache = lf.KVCache(llama, args.strategy, args.budget, positions=args.positions, threads=1)
-    keyword, generator = cache_keyword(llama), torch.Generator().manual_seed(1)
+    keyword, generator = lf.cache_keyword(llama), torch.Generator().manual_seed(1)
     calls = args.tokens // args.chunk
     seconds, memory = [], []
     with torch.inference_mode():

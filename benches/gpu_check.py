@@ -17,7 +17,6 @@ import torch
 from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import liquidfusion as lf
-from liquidfusion.install import cache_keyword
 
 DEVICE = "cuda"
 
@@ -64,7 +63,7 @@ def run(
     """Tokens, kept positions of every layer, and evictions of one batch with left padding."""
     cache = lf.KVCache(llama, strategy, budget, **options)
     inputs = {name: value.to(llama.device) for name, value in prompt(tokens=tokens).items()}
-    given = {"max_new_tokens": new, "do_sample": False, "num_beams": beams, cache_keyword(llama): cache}
+    given = {"max_new_tokens": new, "do_sample": False, "num_beams": beams, lf.cache_keyword(llama): cache}
     return llama.generate(**inputs, **given).cpu(), kept(cache), cache.evictions
 
 
@@ -74,7 +73,7 @@ def turns(llama: GenerationMixin, between: Callable[[], object], cast: bool = Fa
     for turn in range(2):
         ids = torch.cat((ids, prompt(2, 40 + turn)["input_ids"]), 1)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=cast):
-            given = {"attention_mask": torch.ones_like(ids), cache_keyword(llama): cache}
+            given = {"attention_mask": torch.ones_like(ids), lf.cache_keyword(llama): cache}
             ids = llama.generate(ids, max_new_tokens=50, do_sample=False, **given)
         held = held or between()
     return ids.cpu(), kept(cache), cache.evictions
@@ -126,7 +125,7 @@ def checks() -> Iterator[tuple[str, Callable[[], bool]]]:
         expected = full.generate(ids, max_new_tokens=60, do_sample=False)
         cache = lf.KVCache(full, budget=200)
         return torch.equal(
-            expected, full.generate(ids, max_new_tokens=60, do_sample=False, **{cache_keyword(full): cache})
+            expected, full.generate(ids, max_new_tokens=60, do_sample=False, **{lf.cache_keyword(full): cache})
         )
 
     yield "budget above the length gives transformers' tokens", roomy
@@ -180,7 +179,7 @@ def checks() -> Iterator[tuple[str, Callable[[], bool]]]:
         def step(cache: lf.KVCache, ids: torch.Tensor, count: int) -> torch.Tensor:
             tokens = []
             for _ in range(count):
-                ids = half(ids, **{cache_keyword(half): cache}).logits[:, -1:].argmax(-1)
+                ids = half(ids, **{lf.cache_keyword(half): cache}).logits[:, -1:].argmax(-1)
                 tokens.append(ids)
             return torch.cat(tokens, 1)
 
@@ -201,7 +200,7 @@ def checks() -> Iterator[tuple[str, Callable[[], bool]]]:
         def sample(**options: object) -> tuple:
             torch.manual_seed(3)
             cache = lf.KVCache(full, budget=60, **options)
-            given = {"max_new_tokens": 80, "do_sample": True, "top_k": 20, cache_keyword(full): cache}
+            given = {"max_new_tokens": 80, "do_sample": True, "top_k": 20, lf.cache_keyword(full): cache}
             return full.generate(**prompt(), **given), kept(cache), cache.evictions
 
         return same(sample(), sample(graph=False))
@@ -238,7 +237,7 @@ def checks() -> Iterator[tuple[str, Callable[[], bool]]]:
         ids, results = prompt(80, 160, padding=())["input_ids"], []
         for llama in (full, cpu):
             cache, tokens = lf.KVCache(llama, budget=60), ids.to(llama.device)
-            parts, given = (*tokens.split(30, 1), *tokens[:, :40].split(1, 1)), {cache_keyword(llama): cache}
+            parts, given = (*tokens.split(30, 1), *tokens[:, :40].split(1, 1)), {lf.cache_keyword(llama): cache}
             with torch.no_grad():
                 logits = [llama(part, **given).logits[:, -1].cpu() for part in parts]
             results.append((torch.stack(logits), kept(cache), cache.evictions))
@@ -261,8 +260,8 @@ def checks() -> Iterator[tuple[str, Callable[[], bool]]]:
 
     def captured() -> bool:
         cache = lf.KVCache(half, budget=60)
-        half.generate(prompt(1, 80)["input_ids"], max_new_tokens=40, do_sample=False, **{cache_keyword(half): cache})
-        return cache._decoder is not None and cache._decoder._captured is not None
+        half.generate(prompt(1, 80)["input_ids"], max_new_tokens=40, do_sample=False, **{lf.cache_keyword(half): cache})
+        return cache._graph is not None and cache._graph.captured
 
     yield "generate replays a captured graph", captured
 

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from liquidfusion.cache import make_spec
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,8 +34,6 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 import liquidfusion as lf
 from liquidfusion.bench import speed
-from liquidfusion.cache import make_spec
-from liquidfusion.install import cache_keyword
 
 LLAMA_31_8B = {name: value for name, value in speed.SHAPES["llama-3.1-8b"].items() if name != "model_type"}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -151,7 +150,7 @@ class Bench:
         say("building the model")
         self.model = build(self.config, self.dtype, device)
         say(f"built on {device}")
-        self.keyword = cache_keyword(self.model)
+        self.keyword = lf.cache_keyword(self.model)
         self.kv_heads = self.config.num_key_value_heads // dist.get_world_size()
         # torchrun allows every process one thread, with which the core needs seconds for a chunk of hundreds of rows.
         self.threads = max(1, (os.cpu_count() or 1) // dist.get_world_size())
@@ -215,7 +214,7 @@ class Bench:
                 seconds = (time.perf_counter() - started) / self.args.steps
             row["problem"] = next((str(w.message) for w in caught if "graph" in str(w.message)), None)
             if isinstance(cache, lf.KVCache):
-                row["graph"] = cache._decoder is not None and cache._decoder._captured is not None
+                row["graph"] = cache._graph is not None and cache._graph.captured
                 row["cache_bytes"] = cache.nbytes
             seconds = over_ranks(seconds, self.device, dist.ReduceOp.MAX)
             peak = over_ranks(memory(self.device), self.device, dist.ReduceOp.MAX)
@@ -304,7 +303,7 @@ def equal_tokens(device: torch.device) -> dict[str, Any]:
         tokens, kept = [], []
         for model in (alone, split):
             cache = lf.KVCache(model, strategy, 40)
-            given = {cache_keyword(model): cache}
+            given = {lf.cache_keyword(model): cache}
             out = model.generate(ids, attention_mask=mask, max_new_tokens=60, do_sample=False, **given)
             tokens.append(out.cpu())
             positions = torch.stack([cache.positions(layer) for layer in range(len(cache))]).sort(-1).values

@@ -11,7 +11,6 @@ from torch.nn.functional import cross_entropy
 
 import liquidfusion as lf
 from liquidfusion.bench.models import load
-from liquidfusion.install import cache_keyword
 
 CHUNK = 64
 
@@ -47,7 +46,7 @@ def mean_loss(model: torch.nn.Module, cache: lf.KVCache, ids: torch.Tensor, skip
     losses = []
     for start in range(0, ids.shape[1] - 1, CHUNK):
         chunk = ids[:, start : start + CHUNK]
-        logits = model(chunk, **{cache_keyword(model): cache}, use_cache=True).logits[0].float()
+        logits = model(chunk, **{lf.cache_keyword(model): cache}, use_cache=True).logits[0].float()
         targets = ids[0, start + 1 : start + 1 + chunk.shape[1]]
         losses.append(cross_entropy(logits[: len(targets)], targets, reduction="none"))
     return float(torch.cat(losses)[skip:].mean())

@@ -7,7 +7,6 @@ import torch
 
 import liquidfusion as lf
 from liquidfusion.bench.models import load
-from liquidfusion.install import cache_keyword
 
 QUESTIONS = [
     "What is a good name for a cat?",
@@ -52,7 +51,7 @@ def main() -> None:
 @torch.inference_mode()
 def feed(model: torch.nn.Module, cache: lf.KVCache, ids: torch.Tensor) -> torch.Tensor:
     """Run the new tokens through the model and return the logits that follow them."""
-    output = model(ids.to(model.device), **{cache_keyword(model): cache}, use_cache=True, logits_to_keep=1)
+    output = model(ids.to(model.device), **{lf.cache_keyword(model): cache}, use_cache=True, logits_to_keep=1)
     return output.logits[0, -1]
 
 

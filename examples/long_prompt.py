@@ -8,7 +8,6 @@ import torch
 
 import liquidfusion as lf
 from liquidfusion.bench.models import load
-from liquidfusion.install import cache_keyword
 
 
 def main() -> None:
@@ -32,7 +31,7 @@ def main() -> None:
     cache = lf.KVCache(model, strategy=args.strategy, budget=args.budget)
     output = model.generate(
         **inputs,
-        **{cache_keyword(model): cache},
+        **{lf.cache_keyword(model): cache},
         prefill_chunk_size=256,  # memory never exceeds budget + chunk, however long the prompt
         max_new_tokens=8 if args.quick else args.max_tokens,
         do_sample=False,

@@ -13,7 +13,6 @@ from liquidfusion.bench import planning
 from liquidfusion.bench.caches import CacheOptions, strategy_names
 from liquidfusion.bench.cli import main
 from liquidfusion.exceptions import ConfigError
-from liquidfusion.install import cache_keyword
 
 
 @pytest.mark.parametrize("strategy", [name for name in strategy_names() if name != "full"])

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 import liquidfusion as lf
 from naive import NaiveCache
 from reference import rules
-from tiny import MODELS, cache_keyword, clear_steps, feed, padded, prompt_then_greedy, tiny
+from tiny import MODELS, cache_keyword, cached, clear_steps, feed, padded, prompt_then_greedy, tiny
 
 STRATEGIES = tuple(info["name"] for info in lf.strategies())
 BOUNDED = tuple(name for name in STRATEGIES if lf.KVCache(tiny("llama"), name, 64).spec.bounded)
@@ -52,7 +52,7 @@ def test_model_twin(name: str, strategy: str, options: dict[str, Any], splits: S
     difference, the comparison of that row ends, as both answers are right. It must not end early.
     """
     model = tiny(name)
-    kv = lf.KVCache(model, strategy, BUDGET, **options)
+    kv = cached(model, strategy, BUDGET, **options)
     given = {_TWINS_WORD.get(key, key): value for key, value in options.items() if key != "eviction_interval"}
     given["adaptive"] = given.pop("sinks", "pinned") == "adaptive"
     rule = rules(strategy, BUDGET, interval=kv.spec.interval, **given)
@@ -108,7 +108,7 @@ def test_a_padded_row_is_the_row_alone(strategy: str, options: dict[str, Any], s
     model = tiny("llama")
     ids, mask = padded(LENGTHS, seed=1)
     steps = STEPS
-    kv = lf.KVCache(model, strategy, BUDGET, **options)
+    kv = cached(model, strategy, BUDGET, **options)
     together = []
     for logits, known in prompt_then_greedy(model, kv, ids, mask, splits, steps):
         positions = [[kept(kv, layer, row) for layer in layers(model)] for row in range(len(LENGTHS))]
@@ -118,7 +118,7 @@ def test_a_padded_row_is_the_row_alone(strategy: str, options: dict[str, Any], s
         ends = [sum(splits[: i + 1]) for i in range(len(splits))]
         real = [max(0, end - max(padding, end - width)) for end, width in zip(ends, splits, strict=True)]
         calls = [i for i, columns in enumerate(real) if columns] + [len(splits) + i for i in range(steps)]
-        single = lf.KVCache(model, strategy, BUDGET, **options)
+        single = cached(model, strategy, BUDGET, **options)
         own_ids, own_mask = ids[row : row + 1, padding:], mask[row : row + 1, padding:]
         alone = prompt_then_greedy(model, single, own_ids, own_mask, [columns for columns in real if columns], steps)
         for call, (logits, known) in zip(calls, alone, strict=True):
@@ -176,7 +176,7 @@ def test_invariants(name: str, strategy: str, interval: int) -> None:
     In layer 0, K and V depend on the token and its position alone, so those of transformers' own cache must be found.
     """
     model = tiny(name)
-    kv = lf.KVCache(model, strategy, BUDGET, eviction_interval=interval)
+    kv = cached(model, strategy, BUDGET, eviction_interval=interval)
     ids, mask = padded(LENGTHS, seed=5)
     splits, steps = (12, 1, 20, 7), STEPS
     budget = kv.spec.budget or 1 << 30
@@ -257,7 +257,7 @@ def test_a_reordered_row_goes_on_as_its_source(strategy: str) -> None:
     """Slots, scores, counters and queue of row 1 replace those of row 0, which then does what row 1 does."""
     model = tiny("llama")
     ids, mask = padded((40, 33), seed=4)
-    kv = lf.KVCache(model, strategy, BUDGET, eviction_interval=2)
+    kv = cached(model, strategy, BUDGET, eviction_interval=2)
     calls = prompt_then_greedy(model, kv, ids, mask, (30, 10), 5)
     for logits, _ in calls:  # noqa: B007 - the last are used below
         pass

@@ -7,10 +7,8 @@ import pytest
 import torch
 
 import liquidfusion as lf
-from liquidfusion import cache as cache_module
 from liquidfusion.compute import kernels
-from liquidfusion.install import cache_keyword
-from tiny import build, defaults, tiny
+from tiny import build, cache_keyword, cached, defaults, tiny
 
 pytestmark = [
     pytest.mark.skipif(
@@ -23,7 +21,7 @@ pytestmark = [
 
 def run(model, ids, mask, **options):
     """Tokens and sorted kept positions of each layer after a padded prompt and some decode steps."""
-    cache = lf.KVCache(model, "liquid_fusion", 24, **options)
+    cache = cached(model, "liquid_fusion", 24, **options)
     out = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, **{cache_keyword(model): cache})
     kept = [cache.positions(layer).sort(-1).values for layer in range(len(cache))]
     return out, torch.stack(kept), cache
@@ -37,15 +35,17 @@ def test_the_ring_reuses_the_slots_that_the_generic_path_reuses(monkeypatch, int
     mask = torch.ones_like(ids)
     mask[1, :9] = 0
     expected, kept, _ = run(model, ids, mask, eviction_interval=interval)
-    monkeypatch.setattr(cache_module, "kernels_usable", lambda device: True)  # noqa: ARG005
+    monkeypatch.setattr(kernels, "available", lambda device: True)  # noqa: ARG005
     tokens, positions, cache = run(model, ids, mask, eviction_interval=interval)
-    assert cache._decoder is not None
+    assert cache._graph is not None
     assert torch.equal(tokens, expected)
     assert torch.equal(positions, kept)
     # The device's own positions agree with the host's, which only follows.
-    for index, layer in enumerate(cache._stores[0].layers):
-        assert layer.positions.data_ptr() != cache._stores[0].host.positions[index].data_ptr()
-        assert torch.equal(layer.positions, cache._stores[0].host.positions[index])
+    ledger = cache._groups.all[0].ledger
+    for index in range(ledger.layers):
+        beside = ledger.at(index, torch.device("cpu"))
+        assert beside.positions.data_ptr() != ledger.host.positions[index].data_ptr()
+        assert torch.equal(beside.positions, ledger.host.positions[index])
 
 
 def test_reset_and_a_second_prompt_start_over(monkeypatch):
@@ -53,7 +53,7 @@ def test_reset_and_a_second_prompt_start_over(monkeypatch):
     torch.manual_seed(0)
     ids = torch.randint(3, model.config.vocab_size, (1, 20))
     mask = torch.ones_like(ids)
-    monkeypatch.setattr(cache_module, "kernels_usable", lambda device: True)  # noqa: ARG005
+    monkeypatch.setattr(kernels, "available", lambda device: True)  # noqa: ARG005
     first, kept, cache = run(model, ids, mask)
     cache.reset()
     again = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, **{cache_keyword(model): cache})
@@ -64,7 +64,7 @@ def test_reset_and_a_second_prompt_start_over(monkeypatch):
 def test_the_process_has_defaults_of_its_own(monkeypatch):
     model = tiny("qwen3")
     ids = torch.arange(3, 43).view(2, 20)
-    monkeypatch.setattr(cache_module, "kernels_usable", lambda device: True)  # noqa: ARG005
+    monkeypatch.setattr(kernels, "available", lambda device: True)  # noqa: ARG005
 
     def run():
         cache = lf.KVCache(model, "liquid_fusion", 24)
@@ -73,7 +73,7 @@ def test_the_process_has_defaults_of_its_own(monkeypatch):
             columns = tokens[:, cache.get_seq_length() :]
             logits = model(columns, **{cache_keyword(model): cache}).logits
             tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), 1)
-        assert cache._decoder is not None
+        assert cache._graph is not None
         return tokens, torch.stack([cache.positions(layer) for layer in range(len(cache))])
 
     with torch.no_grad():
@@ -85,13 +85,13 @@ def test_the_process_has_defaults_of_its_own(monkeypatch):
 
 def test_keys_of_another_dtype_are_refused(monkeypatch):
     model = tiny("qwen3")
-    monkeypatch.setattr(cache_module, "kernels_usable", lambda device: True)  # noqa: ARG005
+    monkeypatch.setattr(kernels, "available", lambda device: True)  # noqa: ARG005
     cache = lf.KVCache(model, "liquid_fusion", 24)
     given = {cache_keyword(model): cache}
     with torch.no_grad():
         model(torch.full((1, 30), 5), **given)
         model(torch.full((1, 1), 5), **given)
-        assert cache._decoder is not None
+        assert cache._graph is not None
         with (
             torch.autocast("cpu", torch.bfloat16),
             pytest.raises(lf.CacheError, match=r"layer 0 makes torch\.bfloat16 keys, the cache holds torch\.float32"),
@@ -101,12 +101,12 @@ def test_keys_of_another_dtype_are_refused(monkeypatch):
 
 def test_a_cache_does_not_keep_its_model(monkeypatch):
     model = build("qwen3")
-    monkeypatch.setattr(cache_module, "kernels_usable", lambda device: True)  # noqa: ARG005
+    monkeypatch.setattr(kernels, "available", lambda device: True)  # noqa: ARG005
     cache = lf.KVCache(model, "liquid_fusion", 24)
     with torch.no_grad():
         for columns in (20, 1, 1):
             model(torch.full((1, columns), 5), **{cache_keyword(model): cache})
-    assert cache._decoder is not None
+    assert cache._graph is not None
     gone = weakref.ref(model)
     del model
     gc.collect()

@@ -10,9 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import liquidfusion as lf
-from liquidfusion import cache as cache_module
-from liquidfusion.store import Store
-from tiny import build, cache_keyword, padded, tiny
+from liquidfusion.state import group
+from tiny import build, cache_keyword, cached, padded, tiny
 
 STRATEGIES = tuple(info["name"] for info in lf.strategies())
 
@@ -20,7 +19,7 @@ STRATEGIES = tuple(info["name"] for info in lf.strategies())
 def answer(model: PreTrainedModel, strategy: str, **options: Any) -> tuple[list[Any], list[Any], int]:
     """Tokens, kept positions and evictions of a padded batch."""
     ids, mask = padded((40, 27, 33))
-    cache = lf.KVCache(model, strategy, 24, eviction_interval=2)
+    cache = cached(model, strategy, 24, eviction_interval=2)
     out = model.generate(
         ids, attention_mask=mask, do_sample=False, max_new_tokens=30, **options, **{cache_keyword(model): cache}
     )
@@ -35,17 +34,15 @@ def test_slots_beside_the_core_are_the_cores_own(
     """A layer on another device has positions and scores of its own there; mirrored on the CPU, nothing may differ."""
     options = {} if chunk is None else {"prefill_chunk_size": chunk}
     expected = answer(tiny("llama"), strategy, **options)
-    stores = []
+    made = []
 
-    def mirrored(*args: Any) -> Store:
-        stores.append(Store(*args[:7], False))
-        return stores[-1]
+    def apart(*_: Any) -> bool:
+        made.append(True)
+        return False
 
-    monkeypatch.setattr(cache_module, "Store", mirrored)
+    monkeypatch.setattr(group, "shares_memory", apart)
     assert answer(tiny("llama"), strategy, **options) == expected
-    layer = stores[0].layers[0]
-    assert layer is not None
-    assert layer.positions.data_ptr() != stores[0].host.positions.data_ptr()
+    assert made
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -20,6 +20,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast, pipeline
 
 import liquidfusion as lf
+from liquidfusion.hf import hook
 from tiny import VOCABULARY, build, cache_keyword, defaults, feed, padded, prompt_then_greedy
 
 STRATEGIES = tuple(info["name"] for info in lf.strategies())
@@ -59,7 +60,7 @@ def test_reset_makes_it_new(model: PreTrainedModel, strategy: str) -> None:
 
 
 def test_repr_says_what_is_in_force(model: PreTrainedModel) -> None:
-    kv = lf.KVCache(model, "liquid_fusion", 40, sink_size=2, sink_update_rate=0.25, peak_ratio=0.75)
+    kv = lf.KVCache(model, lf.Strategy("liquid_fusion", sink_size=2, sink_update_rate=0.25, peak_ratio=0.75), 40)
     new = repr(kv)
     for part in (
         "liquid_fusion",
@@ -74,7 +75,7 @@ def test_repr_says_what_is_in_force(model: PreTrainedModel) -> None:
     assert kv.evictions > 0
     assert f"evictions={kv.evictions}" in repr(kv)
     assert str(kv.nbytes) in repr(kv)
-    assert "sink_size" not in repr(lf.KVCache(model, "h2o", 40, sink_size=2)), "h2o has no sinks"
+    assert "sink_size" not in repr(lf.KVCache(model, "h2o", 40)), "h2o has no sinks"
 
 
 def test_evictions_count_what_is_gone(model: PreTrainedModel) -> None:
@@ -112,7 +113,7 @@ def test_the_percentage_refers_to_the_prompt(model: PreTrainedModel) -> None:
         ("streaming", 7, {}, "7"),
         ("h2o", 0, {}, "0"),
         ("h2o", 64, {"heavy_ratio": 1.5}, "1.5"),
-        ("local", 64, {"peak_ratio": -0.5}, "-0.5"),
+        ("liquid_fusion", 64, {"peak_ratio": -0.5}, "-0.5"),
         ("liquid_fusion", 64, {"sink_update_rate": float("nan")}, "NaN"),
         ("liquid_fusion", 64, {"eviction_interval": 9}, "9"),
         ("liquid_fusion", 64, {"sinks": "floating"}, "floating"),
@@ -123,8 +124,9 @@ def test_bad_parameters_are_named(
 ) -> None:
     before = dict(model.__dict__)
     with pytest.raises(lf.ConfigError, match=named):
-        lf.KVCache(model, strategy, budget, **options)
+        lf.KVCache(model, lf.Strategy(strategy, **options), budget)
     assert model.__dict__ == before
+    assert not hook.installed(model)
 
 
 def test_full_accepts_a_budget_and_ignores_it(model: PreTrainedModel) -> None:
@@ -492,7 +494,7 @@ def test_autocast(model: PreTrainedModel, strategy: str) -> None:
     error = (run(kv, True) - exact).norm() / exact.norm()
     theirs = (run(DynamicCache(), True) - exact).norm() / exact.norm()
     assert 0 < error < 2 * theirs
-    assert kv._stores[0].layers[0].keys.dtype == kv._stores[0].layers[0].values.dtype == torch.bfloat16
+    assert kv.keys_values(0)[0].dtype == kv.keys_values(0)[1].dtype == torch.bfloat16
     with pytest.raises(lf.CacheError, match=r"layer 0 makes torch\.float32 keys, the cache holds torch\.bfloat16"):
         model(ids[:, :1], **{cache_keyword(model): kv})
 

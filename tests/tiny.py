@@ -13,6 +13,9 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import liquidfusion as lf
+from liquidfusion.options import PARAMETERS
+
 VOCABULARY = 96
 
 # Weights this wide make attention peaked and the best logits far apart, so greedy tokens are well defined.
@@ -99,6 +102,15 @@ def defaults(default: torch.dtype | torch.device) -> Iterator[None]:
 def cache_keyword(model: PreTrainedModel) -> str:
     """Name under which `model.forward` and `generate` take a cache: it changed between transformers releases."""
     return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+
+
+def cached(model: PreTrainedModel, strategy: str, budget: int | None = None, **options: Any) -> lf.KVCache:
+    """A KVCache; of the strategies' parameters among `options` those count that this strategy listens to."""
+    listens = next(info["parameters"] for info in lf.strategies() if info["name"] == strategy)
+    own = {name: options.pop(name) for name in list(options) if name in PARAMETERS}
+    return lf.KVCache(
+        model, lf.Strategy(strategy, **{k: v for k, v in own.items() if k in listens}), budget, **options
+    )
 
 
 def padded(lengths: Sequence[int], seed: int = 0) -> tuple[Tensor, Tensor]:
