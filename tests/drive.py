@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from liquidfusion import _core
-from reference import Rules, Twin
+from reference import Rules, Twin, distinctness
 
 MARGIN = 1e-4
 ATTEMPTS = 60
@@ -45,6 +46,12 @@ def dyadic(rng: np.random.Generator, visible: list[int], queries: list[int], gro
             for column in rng.choice(candidates, size=4):
                 out[head, row, column] += 0.25
     return out
+
+
+def key(layer: int, row: int, head: int, position: int) -> list[float]:
+    """The key of a token: a few numbers that lean one way, so that some keys point elsewhere."""
+    rng = np.random.default_rng([layer, row, head, position])
+    return [float(x) for x in rng.normal(0.3, 1.0, size=6)]
 
 
 @dataclass
@@ -86,7 +93,7 @@ class Drive:
         self.positions, self.mass, self.peak, self.tags = self._buffers(self.slots)
         self.ledger = _core.Ledger(self.spec, self.positions, self.mass, self.peak, threads=self.threads)
         self.twins = {
-            (layer, row, head): Twin(self.rules, layer, head)
+            (layer, row, head): Twin(self.rules, layer, head, keys=self._keys(layer, row, head))
             for layer in range(self.layers)
             for row in range(self.batch)
             for head in range(self.kv_heads)
@@ -96,6 +103,18 @@ class Drive:
         shape = (self.layers, self.batch, self.kv_heads, slots)
         scores = (torch.zeros(shape), torch.zeros(shape)) if self.spec.scored else (None, None)
         return torch.full(shape, -1, dtype=torch.int32), *scores, torch.full(shape, -1, dtype=torch.int64)
+
+    def _keys(self, layer: int, row: int, head: int) -> Callable[[list[int]], list[list[float]]]:
+        return lambda positions: [key(layer, row, head, position) for position in positions]
+
+    def _distinct(self, layer: int, row: int, head: int, held: Sequence[int]) -> Tensor:
+        """What the product is told of the tokens at `held` (-1: none); NaN where it must not look."""
+        candidates = [column for column, position in enumerate(held) if position >= 0]
+        out = torch.full((len(held),), math.nan)
+        if candidates:
+            keys = self._keys(layer, row, head)([held[column] for column in candidates])
+            out[candidates] = torch.tensor(distinctness(keys))
+        return out
 
     def _weights(self, positions: Sequence[int]) -> np.ndarray:
         """What a look at each position counts; only the product is told weight and attention separately."""
@@ -131,6 +150,8 @@ class Drive:
             if needed > self.slots:
                 self.grow(max(needed, 2 * self.slots))
         before = list(self.ledger.seen)
+        # A chunk makes the choice anew.
+        doomed = {key: [] if call.lengths[key[1]] > 1 else list(twin.doomed) for key, twin in self.twins.items()}
         looks = {key: self._twin(twin, call.lengths[key[1]], key) for key, twin in self.twins.items()}
         slots = torch.full((self.layers, self.batch, self.kv_heads), -7, dtype=torch.int64)
         self.ledger.begin(list(call.lengths), slots)
@@ -145,8 +166,16 @@ class Drive:
                 self._decode(layer, call, looks)
             else:
                 self._chunk(layer, call, columns, before, looks)
-        self.ledger.finish()
+        self.ledger.finish(self._distinct_slots(doomed) if self.spec.distinct else None)
         self.compare()
+
+    def _distinct_slots(self, doomed: dict[tuple[int, int, int], list[int]]) -> Tensor:
+        """Distinctness of what is stored and not queued, `[layers, batch, kv_heads, slots]`."""
+        out = torch.empty(self.positions.shape)
+        for where in self.twins:
+            held = self.positions[where].tolist()
+            out[where] = self._distinct(*where, [-1 if position in doomed[where] else position for position in held])
+        return out
 
     def _twin(self, twin: Twin, new: int, key: tuple[int, int, int]) -> dict[int, np.ndarray]:
         """Advance a twin by one call; the accepted probabilities by visible position, [group, queries] each."""
@@ -231,8 +260,15 @@ class Drive:
                 if new == 1:
                     self.mass[layer, row] = mass[row, :, : self.slots]
                     self.peak[layer, row] = peak[row, :, : self.slots]
+        distinct = None
+        if self.spec.distinct:
+            distinct = torch.full((self.batch, self.kv_heads, self.slots + columns), math.nan)
+            for row, head in product(range(self.batch), range(self.kv_heads)):
+                new = [before[row] + rank if rank >= 0 else -1 for rank in ranks[row].tolist()]
+                held = self.positions[layer, row, head].tolist() + new
+                distinct[row, head] = self._distinct(layer, row, head, held)
         source = torch.full((self.batch, self.kv_heads, self.slots), -7, dtype=torch.int32)
-        self.ledger.chunk(layer, ranks, mass, peak, source)
+        self.ledger.chunk(layer, ranks, mass, peak, source, distinct)
         for row, new in enumerate(call.lengths):
             for head in range(self.kv_heads):
                 for slot, column in enumerate(source[row, head].tolist()):

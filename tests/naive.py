@@ -40,7 +40,7 @@ class NaiveCache:
     @property
     def margin(self) -> float:
         """Smallest relative margin of any choice so far."""
-        return min(twin.margin for layer in self.twins for twin in layer)
+        return min(min(twin.margin, twin.distinct_margin) for layer in self.twins for twin in layer)
 
     def call(self, tokens: Sequence[int]) -> Tensor:
         """Feed tokens in one call; logits of the last, `[vocabulary]`."""
@@ -68,6 +68,7 @@ class NaiveCache:
         self, layer: int, head: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int
     ) -> Tensor:
         twin, stored = self.twins[layer][head], self.stored[layer][head]
+        twin.keys = lambda positions: [stored[position][0].double().tolist() for position in positions]
         stored.update({twin.seen + i: (key[i], value[i]) for i in range(len(key))})
         output: list[Tensor] = []
 

@@ -29,8 +29,10 @@ class Rules:
         Protected first tokens, or the number of adaptive sinks.
     heavy, recent : float
         Weights by which the tokens that are not sinks are shared between heavy hitters and the recent window.
+    distinct_ratio : float
+        Share of the heavy hitters that is chosen by how far their keys point from the mean of all candidates' keys.
     peak_ratio : float
-        Share of the heavy hitters that is chosen by peak attention.
+        Share of the heavy hitters that is chosen by peak attention, as far as distinctness leaves any.
     gamma, pi : float
         Fading of mass and peak per query token.
     interval : int
@@ -59,6 +61,7 @@ class Rules:
     sink_size: int = 0
     heavy: float = 0.0
     recent: float = 1.0
+    distinct_ratio: float = 0.0
     peak_ratio: float = 0.0
     gamma: float = 1.0
     pi: float = PEAK_DECAY
@@ -79,15 +82,16 @@ class Rules:
         return self.look_gap if self.budget is None else min(self.look_gap, self.parts(self.budget)[1])
 
     def parts(self, keep: int) -> tuple[int, int, int, int]:
-        """Number of sinks, recent, peak and mass tokens among `keep`."""
+        """Number of sinks, recent, peak and mass tokens among `keep`; what they leave goes by distinctness."""
         sinks = min(self.sink_size, keep - 1)
         rest = keep - sinks
         recent = max(1, math.floor(rest * self.recent / (self.heavy + self.recent) + 0.5))
         if self.window is not None:
             recent = max(1, min(self.window, keep // 2))
         heavy = rest - recent
-        peak = math.floor(heavy * self.peak_ratio + 0.5)
-        return sinks, recent, peak, heavy - peak
+        others = heavy - math.floor(heavy * self.distinct_ratio + 0.5)
+        peak = min(others, math.floor(heavy * self.peak_ratio + 0.5))
+        return sinks, recent, peak, others - peak
 
 
 def gamma_of(sink_update_rate: float) -> float:
@@ -130,6 +134,10 @@ def _random(budget: int | None) -> Rules:
     return Rules(budget, heavy=1.0, recent=0.0, drawn=True)
 
 
+def _keydiff(budget: int | None) -> Rules:
+    return Rules(budget, heavy=1.0, recent=0.0, distinct_ratio=1.0)
+
+
 STRATEGIES: dict[str, Callable[[int | None], Rules]] = {
     "full": _full,
     "local": _local,
@@ -139,6 +147,7 @@ STRATEGIES: dict[str, Callable[[int | None], Rules]] = {
     "tova": _tova,
     "snapkv": _snapkv,
     "random": _random,
+    "keydiff": _keydiff,
 }
 """Strategy name to its own defaults; a strategy of the product that is missing here has no twin and fails the tests."""
 
@@ -150,13 +159,14 @@ LISTENS: dict[str, frozenset[str]] = {
     "h2o": frozenset({"heavy", "recent"}),
     "liquid_fusion": frozenset(
         {
-            *("sink_size", "adaptive", "heavy", "recent", "peak_ratio"),
+            *("sink_size", "adaptive", "heavy", "recent", "distinct_ratio", "peak_ratio"),
             *("gamma", "look_gap", "peak_reach", "averaged", "half_life", "weighted"),
         }
     ),
     "tova": frozenset(),
     "snapkv": frozenset(),
     "random": frozenset(),
+    "keydiff": frozenset(),
 }
 
 
@@ -188,6 +198,21 @@ class Scores:
     peak: float = 0.0
 
 
+def distinctness(keys: Sequence[Sequence[float]]) -> list[float]:
+    """How far each key points from the mean direction of all: the negative cosine between them, 0 where there is none."""
+
+    def unit(vector: Sequence[float]) -> list[float]:
+        length = math.sqrt(sum(x * x for x in vector)) or 1.0
+        return [x / length for x in vector]
+
+    directions = [unit(key) for key in keys]
+    mean = unit([sum(column) for column in zip(*directions, strict=True)])
+    return [-sum(x * y for x, y in zip(direction, mean, strict=True)) for direction in directions]
+
+
+Keys = Callable[[list[int]], Sequence[Sequence[float]]]
+"""From positions to the tokens' keys [tokens][head_dim]."""
+
 Attend = Callable[[list[int], list[int]], Sequence[Sequence[Sequence[float]]]]
 """From (visible positions, positions of the queries) to probabilities [group][query][visible]."""
 
@@ -198,9 +223,10 @@ class Twin:
 
     `margin` is the smallest relative distance between a kept and a dropped score over all choices so far. Where it is
     far above the float32 error of the product, the product must choose the same tokens; an exact tie does not count,
-    because the rule decides it, and neither does a choice by drawn numbers, which have no error.
+    because the rule decides it, and neither does a choice by drawn numbers, which have no error. `distinct_margin` is the
+    same for choices by distinctness, which float32 holds: a test that hands the product this twin's own needs none.
 
-    Layer and kv head matter to drawn numbers only.
+    Layer and kv head matter to drawn numbers only, `keys` to distinctness only.
     """
 
     rules: Rules
@@ -211,6 +237,8 @@ class Twin:
     seen: int = 0
     evictions: int = 0
     margin: float = math.inf
+    distinct_margin: float = math.inf
+    keys: Keys | None = None
 
     @property
     def empty(self) -> float:
@@ -284,31 +312,43 @@ class Twin:
         left = list(positions)
         chosen: set[int] = set()
 
-        def take(count: int, score: Callable[[int], float]) -> None:
+        def take(count: int, score: Callable[[int], float]) -> float:
+            """Choose the first by score; returns how far they are from the rest."""
             nonlocal left
             ranked = sorted(left, key=lambda position: (score(position), position), reverse=True)
+            margin = math.inf
             if 0 < count < len(ranked):
                 last, next_ = score(ranked[count - 1]), score(ranked[count])
                 if last != next_ and not self.rules.drawn:
-                    self.margin = min(self.margin, (last - next_) / last)
+                    margin = (last - next_) / (abs(last) or abs(next_))
             chosen.update(ranked[:count])
             left = sorted(ranked[count:])
+            return margin
 
         def newest(_position: int) -> float:
             return 0.0  # a tie everywhere, which the newest position wins
 
+        distinct = keep - sinks - recent - peak - mass
         if self.rules.adaptive:
             take(recent, newest)
-            take(sinks, self._mass)
+            self.margin = min(self.margin, take(sinks, self._mass))
         else:
             first = [position for position in left if position < self.rules.sink_size][:sinks]
             chosen.update(first)
             left = [position for position in left if position not in chosen]
             take(recent + sinks - len(first), newest)
-        take(peak, lambda position: self.tokens[position].peak)
+        if distinct:
+            far = self._distinct(positions)
+            self.distinct_margin = min(self.distinct_margin, take(distinct, lambda position: far[position]))
+        self.margin = min(self.margin, take(peak, lambda position: self.tokens[position].peak))
         contenders = list(left)
-        take(mass, lambda position: self._worth(position, contenders))
+        self.margin = min(self.margin, take(mass, lambda position: self._worth(position, contenders)))
         return chosen
+
+    def _distinct(self, positions: list[int]) -> dict[int, float]:
+        assert self.keys is not None, "distinctness is a matter of keys"
+        far = torch.tensor(distinctness(self.keys(positions)), dtype=torch.float32)
+        return dict(zip(positions, far.tolist(), strict=True))
 
     def _worth(self, position: int, contenders: list[int]) -> float:
         if self.rules.drawn:

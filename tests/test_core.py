@@ -321,26 +321,6 @@ def test_accumulate_checks_its_arguments(changes, error, message):
         _core.accumulate(**accumulation(**changes))
 
 
-@pytest.mark.parametrize("ties", [False, True])
-def test_select(ties):
-    scores = torch.rand(9, 301)
-    if ties:
-        scores = (scores * 4).round()
-    out = torch.empty(9, 100, dtype=torch.int32)
-    _core.select(scores, 100, out, threads=2)
-    # Of equal scores the later ones are chosen: sort backwards, stably.
-    order = scores.flip(1).sort(dim=1, descending=True, stable=True).indices[:, :100]
-    assert torch.equal(out, (300 - order).sort(dim=1).values.int())
-    for k in (0, -1, 302):
-        with pytest.raises(ConfigError, match=rf"k must be .*, got {k}"):
-            _core.select(scores, k, out)
-    scores[4, 7] = math.nan
-    out.fill_(-7)
-    with pytest.raises(ScoreError, match=r"scores\[4, 7\] is NaN"):
-        _core.select(scores, 100, out)
-    assert (out == -7).all()
-
-
 def test_threads_do_not_change_decisions(monkeypatch):
     results = []
     for threads in (1, 2, 5):
@@ -498,10 +478,14 @@ def test_every_strategy_describes_itself(info):
     assert list(info["defaults"]) == info["parameters"]
     assert set(info["parameters"]) == {name for name, value in spec.params.items() if value is not None}
     assert (spec.budget is None) == (not spec.bounded)
-    for same in (copy.deepcopy(spec), pickle.loads(pickle.dumps(spec)), _core.Spec(info["name"])):
-        assert same.budget == spec.budget
-        assert same.split(20) == spec.split(20)
-        assert hash(same) == hash(spec)
+    for one in (spec, _core.Spec(info["name"], 64)):
+        for same in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
+            assert same == one
+            assert hash(same) == hash(one)
+            assert same.params == one.params
+            assert same.split(20) == one.split(20)
+    assert spec == _core.Spec(info["name"])
+    assert (spec == _core.Spec(info["name"], 77)) == (not spec.bounded)
     assert info["name"] in repr(spec)
 
 
@@ -532,10 +516,41 @@ def test_bad_parameters_are_named(arguments, message):
         _core.Spec(**({"strategy": "liquid_fusion"} | arguments))
 
 
+@pytest.mark.parametrize("row", _core.parameters(), ids=lambda row: row["name"])
+def test_the_table_says_what_is_accepted(row):
+    """Each parameter's ends, and what lies beyond them, for a strategy that listens to it."""
+    name = row["name"]
+    listening = next(info["name"] for info in _core.strategies() if name in info["parameters"])
+    inside, outside = {
+        "int": lambda: ([row["least"]], [row["least"] - 1, row["most"] + 1, 1.5, "1"]),
+        "float": lambda: ([row["most"]], [row["least"] - 1e-9, row["most"] + 1e-9, math.nan, "1"]),
+        "bool": lambda: ([True, False], [2, "yes"]),
+        "choice": lambda: (row["choices"], ["other", 1]),
+    }[row["kind"]]()
+    if row["kind"] == "float":
+        (outside if row["open_low"] else inside).append(row["least"])
+    for value in inside:
+        if name != "window_size":  # too small a budget
+            assert _core.Spec(listening, 4096, **{name: value}).params[name] == value
+    for value in outside:
+        with pytest.raises(ConfigError, match=f"^{name} must be"):
+            _core.Spec(listening, 4096, **{name: value})
+    assert _core.Spec(listening, **{name: None}) == _core.Spec(listening)
+    assert row["help"].endswith(".")
+
+
+def test_only_what_is_listened_to_is_accepted():
+    for name, heard in [("h2o", "window_size, heavy_ratio, recent_ratio, eviction_interval"), ("full", "no parameter")]:
+        for unheard in ("sink_size", "sink_sice"):
+            with pytest.raises(ConfigError, match=f"^{name} does not listen to {unheard}; it listens to {heard}$"):
+                _core.Spec(name, 64, **{unheard: 4})
+    assert _core.Spec("h2o", 64, sink_size=None) == _core.Spec("h2o", 64)
+
+
 def test_peaks_reach_as_far_as_the_budget():
     assert _core.Spec("liquid_fusion", 84).peak_reach == 84
     assert _core.Spec("liquid_fusion", 84, peak_reach=5).params["peak_reach"] == 5
-    assert _core.Spec("h2o", 84, peak_reach=5).peak_reach is None
+    assert _core.Spec("h2o", 84).peak_reach is None
 
 
 def test_budget_from_percent():

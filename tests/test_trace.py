@@ -15,7 +15,8 @@ from drive import Call, Drive, dyadic
 from liquidfusion import _core
 from reference import STRATEGIES, gamma_of, rules
 
-REGISTRY = tuple(info["name"] for info in _core.strategies())
+PARAMETERS = {info["name"]: info["parameters"] for info in _core.strategies()}
+REGISTRY = tuple(PARAMETERS)
 STEPS = 300
 
 
@@ -31,11 +32,14 @@ def drive(
     looks: tuple[int, bool, bool] | None = None,
     reach: int | None = None,
     half_life: int | None = None,
+    distinct_ratio: float | None = None,
     **shape: Any,
 ) -> Drive:
-    """Ledger and twins with the same parameters; the product gets them all, the twin's rules say which ones count."""
+    """Ledger and twins with the same parameters, those that the strategy listens to."""
     given: dict[str, Any] = {"gamma": gamma_of(rate), "adaptive": adaptive}
     options: dict[str, Any] = {"sink_update_rate": rate, "sinks": "adaptive" if adaptive else "pinned"}
+    if distinct_ratio is not None:
+        given["distinct_ratio"] = options["distinct_ratio"] = distinct_ratio
     if sink_size is not None:
         given["sink_size"] = options["sink_size"] = sink_size
     if ratios is not None:
@@ -48,7 +52,8 @@ def drive(
         given["half_life"] = options["age_half_life"] = half_life
     if reach is not None:
         given["peak_reach"] = options["peak_reach"] = reach
-    spec = _core.Spec(strategy, budget, eviction_interval=interval, **options)
+    options["eviction_interval"] = interval
+    spec = _core.Spec(strategy, budget, **{name: options[name] for name in options if name in PARAMETERS[strategy]})
     return Drive(spec, rules(strategy, budget, interval=interval, **given), **shape)
 
 
@@ -81,6 +86,7 @@ def test_defaults_are_the_twins(strategy: str) -> None:
         return
     assert (spec.look_gap, spec.averaged, spec.value_weighted) == (own.gap, own.averaged, own.weighted)
     assert (spec.params["age_half_life"] or 0) == own.half_life
+    assert spec.distinct == (own.distinct_ratio > 0)
     assert (math.inf if spec.peak_reach is None else spec.peak_reach) == own.peak_reach
     assert spec.interval == max(1, min(budget // 32, (budget - own.sink_size) // 8))
     for keep in range(own.sink_size + 1, budget + 1):
@@ -158,6 +164,7 @@ def test_drawn_shapes_and_budgets(strategy: str, data: st.DataObject) -> None:
         looks=data.draw(st.sampled_from([None, (0, False, False), (1, True, False), (30, True, True)]), "looks"),
         reach=data.draw(st.sampled_from([None, 1, 12]), "reach"),
         half_life=data.draw(st.sampled_from([None, 0, 4, 50]), "half_life"),
+        distinct_ratio=data.draw(st.sampled_from([None, 0.3, 0.8, 1.0]), "distinct_ratio"),
         layers=data.draw(st.integers(1, 2), "layers"),
         batch=batch,
         kv_heads=1 if batch == 3 else data.draw(st.integers(1, 2), "kv_heads"),

@@ -10,7 +10,7 @@ __all__ = [
     "accumulate",
     "budget_from_percent",
     "build_info",
-    "select",
+    "parameters",
     "strategies",
 ]
 
@@ -23,6 +23,15 @@ class _StrategyInfo(TypedDict):
     parameters: list[str]
     defaults: dict[str, Any]
 
+class _ParameterInfo(TypedDict):
+    name: str
+    kind: Literal["int", "float", "bool", "choice"]
+    least: float | None
+    most: float | None
+    open_low: bool
+    choices: list[str]
+    help: str
+
 class _BuildInfo(TypedDict):
     version: str
     profile: str
@@ -32,6 +41,7 @@ class _BuildInfo(TypedDict):
 # Anything that exports DLPack from CPU memory, pinned or not: torch tensors, numpy arrays.
 _Tensor: TypeAlias = Any
 
+def parameters() -> list[_ParameterInfo]: ...
 def strategies() -> list[_StrategyInfo]: ...
 def budget_from_percent(percent: SupportsFloat, prompt_tokens: SupportsIndex, sink_size: SupportsIndex) -> int: ...
 def build_info() -> _BuildInfo: ...
@@ -47,7 +57,6 @@ def accumulate(
     weights: _Tensor | None = None,
     threads: SupportsIndex | None = None,
 ) -> None: ...
-def select(scores: _Tensor, k: SupportsIndex, out: _Tensor, *, threads: SupportsIndex | None = None) -> None: ...
 
 @final
 class Spec:
@@ -55,20 +64,7 @@ class Spec:
         cls,
         strategy: str,
         budget: SupportsIndex | None = None,
-        *,
-        window_size: SupportsIndex | None = None,
-        sink_size: SupportsIndex | None = None,
-        sink_update_rate: SupportsFloat | None = None,
-        heavy_ratio: SupportsFloat | None = None,
-        recent_ratio: SupportsFloat | None = None,
-        peak_ratio: SupportsFloat | None = None,
-        eviction_interval: SupportsIndex | None = None,
-        sinks: Literal["pinned", "adaptive"] | None = None,
-        value_weighted: bool | None = None,
-        look_gap: SupportsIndex | None = None,
-        peak_reach: SupportsIndex | None = None,
-        averaged: bool | None = None,
-        age_half_life: SupportsIndex | None = None,
+        **parameters: SupportsIndex | SupportsFloat | str | None,
     ) -> Spec: ...
     @property
     def strategy(self) -> str: ...
@@ -82,6 +78,8 @@ class Spec:
     def peak_decay(self) -> float: ...
     @property
     def scored(self) -> bool: ...
+    @property
+    def distinct(self) -> bool: ...
     @property
     def bounded(self) -> bool: ...
     @property
@@ -110,7 +108,9 @@ class Ledger:
         *,
         threads: SupportsIndex | None = None,
     ) -> Ledger: ...
-    def begin(self, lengths: Iterable[SupportsIndex], slots: _Tensor) -> None: ...
+    def begin(
+        self, lengths: Iterable[SupportsIndex], slots: _Tensor, rows: Iterable[SupportsIndex] | None = None
+    ) -> None: ...
     def chunk(
         self,
         layer: SupportsIndex,
@@ -118,12 +118,17 @@ class Ledger:
         mass: _Tensor | None,
         peak: _Tensor | None,
         source: _Tensor,
+        distinct: _Tensor | None = None,
     ) -> None: ...
-    def finish(self) -> int: ...
+    def finish(self, distinct: _Tensor | None = None) -> int: ...
     def peek(self, out: _Tensor, skip: Iterable[SupportsIndex]) -> None: ...
     def queue_lengths(self) -> list[int]: ...
     def queues(self, out: _Tensor) -> None: ...
-    def restore(self, queues: _Tensor, seen: Iterable[SupportsIndex]) -> None: ...
+    def restore(
+        self, queues: _Tensor, seen: Iterable[SupportsIndex], rows: Iterable[SupportsIndex] | None = None
+    ) -> None: ...
+    def release(self, row: SupportsIndex) -> None: ...
+    def copy_row(self, source: SupportsIndex, target: SupportsIndex) -> None: ...
     def reorder(self, rows: Iterable[SupportsIndex]) -> None: ...
     def grow(self, positions: _Tensor, mass: _Tensor | None, peak: _Tensor | None) -> None: ...
     def reset(self) -> None: ...

@@ -1,195 +1,143 @@
-//! A strategy with validated, resolved parameters.
+//! A strategy with its parameters resolved: a row of the table, ready for use.
 
-use crate::budget::{self, LEAST_BESIDE_SINKS, Split, in_range};
+use std::hash::{Hash, Hasher};
+
 use crate::error::{Result, fail};
-use crate::policy::{self, Parameters, Strategy};
-use crate::sinks::Sinks;
-use crate::worth::Worth;
+use crate::params::{ADAPTIVE, Name, PARAMETERS, Value, Values, in_range};
+use crate::score::{Average, Averaged, Drawn, Mass, Pooled, Score};
+use crate::split::{self, LEAST_BESIDE_SINKS, MOST_TOKENS, Shares, Split};
+use crate::strategy::{self, Fading, Heavy, Parts, Strategy};
 
-/// What a user asked for; `None` leaves the strategy its own default.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Request {
-    /// Slots per layer, row and head.
-    pub budget: Option<i64>,
-    /// Recent tokens that determine the budget when none is given.
-    pub window_size: Option<i64>,
-    /// Number of attention sinks.
-    pub sink_size: Option<i64>,
-    /// Rate with which the mass follows the attention, 0 to 1.
-    pub sink_update_rate: Option<f64>,
-    /// Weight of the heavy hitters, 0 to 1.
-    pub heavy_ratio: Option<f64>,
-    /// Weight of the recent window, above 0 to 1.
-    pub recent_ratio: Option<f64>,
-    /// Part of the heavy hitters chosen by peak attention, 0 to 1.
-    pub peak_ratio: Option<f64>,
-    /// Tokens between two decisions.
-    pub eviction_interval: Option<i64>,
-    /// How sinks are found.
-    pub sinks: Option<Sinks>,
-    /// Whether attention is weighted with the length of the value vectors.
-    pub value_weighted: Option<bool>,
-    /// Tokens after a token before its looks count.
-    pub look_gap: Option<i64>,
-    /// How far a token's chunk may look at it for its peak.
-    pub peak_reach: Option<i64>,
-    /// Whether mass is judged per query that could look.
-    pub averaged: Option<bool>,
-    /// Tokens of age that halve an averaged look; 0 for none.
-    pub age_half_life: Option<i64>,
-}
+/// Factor by which peak attention fades per query token.
+pub const PEAK_DECAY: f64 = 0.9995;
+
+/// Query tokens over which `sink_update_rate` takes full effect.
+pub const UPDATE_TOKENS: f64 = 64.0;
 
 /// A strategy ready for use.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct Spec {
-    strategy: &'static dyn Strategy,
+    strategy: &'static Strategy,
     budget: Option<usize>,
-    interval: usize,
-    parameters: Parameters,
-}
-
-impl std::fmt::Debug for Spec {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Spec")
-            .field("strategy", &self.strategy.name())
-            .field("budget", &self.budget)
-            .field("interval", &self.interval)
-            .field("parameters", &self.parameters)
-            .finish()
-    }
-}
-
-fn ratio(name: &str, value: Option<f64>, zero: bool) -> Result<()> {
-    match value {
-        Some(v) if !(v <= 1.0 && (v > 0.0 || zero && v >= 0.0)) => {
-            let from = if zero { "from 0 to 1" } else { "above 0 and at most 1" };
-            fail!(Config, "{name} must be a number {from}, got {v}")
-        }
-        _ => Ok(()),
-    }
+    values: Values,
 }
 
 impl Spec {
-    /// Check everything and fill in the strategy's own values. A parameter the strategy does not use is checked and ignored.
-    pub fn new(strategy: &str, request: &Request) -> Result<Self> {
-        let strategy = policy::find(strategy)?;
-        let asked = |name, value: Option<i64>, least| value.map(|v| in_range(name, v, least)).transpose();
-        let budget = asked("budget", request.budget, 1)?;
-        let window = asked("window_size", request.window_size, 1)?;
-        let sink_size = asked("sink_size", request.sink_size, 0)?;
-        let interval = asked("eviction_interval", request.eviction_interval, 1)?;
-        let look_gap = asked("look_gap", request.look_gap, 0)?;
-        let peak_reach = asked("peak_reach", request.peak_reach, 1)?;
-        let age_half_life = asked("age_half_life", request.age_half_life, 0)?;
-        ratio("sink_update_rate", request.sink_update_rate, true)?;
-        ratio("heavy_ratio", request.heavy_ratio, true)?;
-        ratio("recent_ratio", request.recent_ratio, false)?;
-        ratio("peak_ratio", request.peak_ratio, true)?;
-
-        let own = strategy.defaults();
-        let mut parameters = Parameters {
-            window_size: own.window_size.map(|v| window.unwrap_or(v)),
-            sink_size: own.sink_size.map(|v| sink_size.unwrap_or(v)),
-            sink_update_rate: own.sink_update_rate.map(|v| request.sink_update_rate.unwrap_or(v)),
-            heavy_ratio: own.heavy_ratio.map(|v| request.heavy_ratio.unwrap_or(v)),
-            recent_ratio: own.recent_ratio.map(|v| request.recent_ratio.unwrap_or(v)),
-            peak_ratio: own.peak_ratio.map(|v| request.peak_ratio.unwrap_or(v)),
-            sinks: own.sinks.map(|v| request.sinks.unwrap_or(v)),
-            value_weighted: own.value_weighted.map(|v| request.value_weighted.unwrap_or(v)),
-            look_gap: own.look_gap.map(|v| look_gap.unwrap_or(v)),
-            peak_reach: None,
-            averaged: own.averaged.map(|v| request.averaged.unwrap_or(v)),
-            age_half_life: own.age_half_life.map(|v| age_half_life.unwrap_or(v)),
-        };
-        if !strategy.bounded() {
-            return Ok(Self { strategy, budget: None, interval: 1, parameters });
+    /// Check everything and fill in the strategy's own values.
+    ///
+    /// A parameter that the strategy does not listen to is an error. With a budget `window_size` is not in force.
+    pub fn new(strategy: &str, budget: Option<i64>, given: &[(Name, Value)]) -> Result<Self> {
+        let strategy = strategy::find(strategy)?;
+        let budget = budget.map(|value| in_range("budget", value, 1)).transpose()?;
+        let mut values = Values::default();
+        for &(name, own) in strategy.parameters {
+            values.set(name, own);
         }
+        for &(name, value) in given {
+            name.row().check(value)?;
+            if !strategy.listens(name) {
+                strategy.refuse(name.row().name)?;
+            }
+            values.set(name, Some(value));
+        }
+        let mut spec = Self { strategy, budget, values };
+        if strategy.bounded {
+            spec.fit()?;
+        } else {
+            spec.budget = None;
+        }
+        Ok(spec)
+    }
 
-        let sinks = parameters.sink_size.unwrap_or(0);
-        let (size, from) = match (budget, parameters.window_size) {
+    /// Settle the budget, and what depends on it.
+    fn fit(&mut self) -> Result<()> {
+        let name = self.strategy.name;
+        let sinks = self.values.int(Name::SinkSize).unwrap_or(0);
+        let (size, from) = match (self.budget, self.values.int(Name::WindowSize)) {
             (Some(budget), _) => {
-                // An explicit budget decides; the window is not in force.
-                parameters.window_size = None;
+                self.values.set(Name::WindowSize, None);
                 (budget, format!("budget {budget}"))
             }
-            (None, Some(window)) => (
-                budget::from_window(window, sinks, strategy.shares(&parameters)),
-                format!("window_size {window} (a budget of ")
-                    + &budget::from_window(window, sinks, strategy.shares(&parameters)).to_string()
-                    + ")",
-            ),
-            (None, None) => fail!(Config, "{} needs a budget", strategy.name()),
+            (None, Some(window)) => {
+                let size = split::from_window(window, sinks, self.shares());
+                (size, format!("window_size {window} (a budget of {size})"))
+            }
+            (None, None) => fail!(Config, "{name} needs a budget"),
         };
-        if size < sinks + LEAST_BESIDE_SINKS || size > budget::MOST_TOKENS {
+        let least = sinks + LEAST_BESIDE_SINKS;
+        if size < least || size > MOST_TOKENS {
             fail!(
                 Config,
-                "{from} is out of range: {} with {sinks} sinks needs a budget from {} to {}",
-                strategy.name(),
-                sinks + LEAST_BESIDE_SINKS,
-                budget::MOST_TOKENS
+                "{from} is out of range: {name} with {sinks} sinks needs a budget from {least} to {MOST_TOKENS}"
             );
         }
-        let most = budget::most_interval(size, sinks);
-        let interval = interval.unwrap_or_else(|| budget::default_interval(size, sinks));
+        self.budget = Some(size);
+        let most = split::most_interval(size, sinks);
+        let interval = self.values.int(Name::EvictionInterval).unwrap_or_else(|| split::default_interval(size, sinks));
         if interval > most {
             fail!(
                 Config,
                 "eviction_interval must be at most {most} with a budget of {size} and {sinks} sinks, got {interval}"
             );
         }
-        // Looks that are left out must fall on tokens that the recent window protects anyway.
-        let recent = strategy.split(size, &parameters).recent;
-        parameters.look_gap = parameters.look_gap.map(|gap| gap.min(recent));
-        parameters.peak_reach = parameters.peak_ratio.map(|_| peak_reach.unwrap_or(size));
-        Ok(Self { strategy, budget: Some(size), interval, parameters })
+        self.set_int(Name::EvictionInterval, interval);
+        if self.strategy.listens(Name::LookGap) {
+            // Looks that are left out must fall on tokens that the recent window protects anyway.
+            self.set_int(Name::LookGap, self.look_gap().min(self.split(size).recent));
+        }
+        if self.strategy.listens(Name::PeakReach) {
+            self.set_int(Name::PeakReach, self.peak_reach().unwrap_or(size));
+        }
+        Ok(())
+    }
+
+    fn set_int(&mut self, name: Name, value: usize) {
+        self.values.set(name, Some(Value::Int(value as i64)));
     }
 
     /// The strategy.
     #[must_use]
-    pub fn strategy(&self) -> &'static dyn Strategy {
+    pub fn strategy(&self) -> &'static Strategy {
         self.strategy
     }
 
-    /// Slots per layer, row and head; `None` when unbounded.
+    /// Slots per layer, row and kv head; `None` when unbounded.
     #[must_use]
     pub fn budget(&self) -> Option<usize> {
         self.budget
     }
 
+    /// The parameters in force; none for those not used.
+    #[must_use]
+    pub fn values(&self) -> &Values {
+        &self.values
+    }
+
     /// Victims are chosen at least this many tokens before they are needed.
     #[must_use]
     pub fn interval(&self) -> usize {
-        self.interval
-    }
-
-    /// The parameters in force; `None` for those not used.
-    #[must_use]
-    pub fn parameters(&self) -> &Parameters {
-        &self.parameters
+        self.values.int(Name::EvictionInterval).unwrap_or(1)
     }
 
     /// Factor by which the attention mass fades per query token.
     #[must_use]
     pub fn mass_decay(&self) -> f64 {
-        self.strategy.mass_decay(&self.parameters)
+        match self.strategy.fading {
+            Fading::Factor(factor) => factor,
+            Fading::Rate => (1.0 - self.values.ratio(Name::SinkUpdateRate).unwrap_or(0.0)).powf(1.0 / UPDATE_TOKENS),
+        }
     }
 
-    /// Factor by which the peak attention fades per query token.
-    #[must_use]
-    pub fn peak_decay(&self) -> f64 {
-        self.strategy.peak_decay()
-    }
-
-    /// Whether scores are weighted with the length of the value vectors.
+    /// Whether attention is weighted with the length of the value vectors.
     #[must_use]
     pub fn value_weighted(&self) -> bool {
-        self.parameters.value_weighted.unwrap_or(false)
+        self.values.flag(Name::ValueWeighted)
     }
 
     /// A look at a token counts once this many tokens lie between: 0 counts a token's own query, 1 the next one.
     #[must_use]
     pub fn look_gap(&self) -> usize {
-        self.parameters.look_gap.unwrap_or(0)
+        self.values.int(Name::LookGap).unwrap_or(0)
     }
 
     /// A look at a token of its own chunk counts for the peak up to this many tokens away.
@@ -198,118 +146,186 @@ impl Spec {
     /// fresh peaks would drive out those of tokens that matter. Fed in shorter chunks, most of these tokens would have been gone.
     #[must_use]
     pub fn peak_reach(&self) -> Option<usize> {
-        self.parameters.peak_reach
+        self.values.int(Name::PeakReach)
     }
 
     /// Whether mass is judged per query that could look at the token.
     #[must_use]
     pub fn averaged(&self) -> bool {
-        self.parameters.averaged.unwrap_or(false)
+        self.values.flag(Name::Averaged)
     }
 
-    /// Tokens of age that halve an averaged look, where age matters.
+    /// Tokens of age that halve an averaged mass, where age matters.
     #[must_use]
     pub fn age_half_life(&self) -> Option<usize> {
-        self.parameters.age_half_life.filter(|&tokens| tokens > 0)
+        self.values.int(Name::AgeHalfLife).filter(|&tokens| tokens > 0)
     }
 
-    /// How sinks are found.
+    /// Whether the sinks are chosen at each decision, instead of being the first tokens.
     #[must_use]
-    pub fn sinks(&self) -> Sinks {
-        self.parameters.sinks.unwrap_or_default()
+    pub fn adaptive(&self) -> bool {
+        self.values.get(Name::Sinks) == Some(Value::Choice(ADAPTIVE))
     }
 
-    /// What heavy hitters are chosen by, besides peak attention.
+    /// Whether decisions need to be told how distinct each token's key is.
     #[must_use]
-    pub fn worth(&self) -> Worth {
-        self.strategy.worth()
+    pub fn distinct(&self) -> bool {
+        self.shares().is_some_and(|shares| shares.distinct > 0.0)
     }
 
-    /// Divide `keep` tokens.
+    fn shares(&self) -> Option<Shares> {
+        let ratio = |name| self.values.ratio(name).unwrap_or(0.0);
+        match self.strategy.parts {
+            Parts::Recent => None,
+            Parts::Fixed(shares) => Some(shares),
+            Parts::Window(_) => Some(Shares::HEAVY),
+            Parts::Ratios => Some(Shares {
+                heavy: ratio(Name::HeavyRatio),
+                recent: ratio(Name::RecentRatio),
+                distinct: ratio(Name::DistinctRatio),
+                peak: ratio(Name::PeakRatio),
+            }),
+        }
+    }
+
+    /// How many tokens of each kind stay when `keep` stay in all, at least 1.
     #[must_use]
     pub fn split(&self, keep: usize) -> Split {
-        self.strategy.split(keep, &self.parameters)
+        if let Parts::Window(window) = self.strategy.parts {
+            let recent = window.min(keep / 2).max(1);
+            return Split { recent, mass: keep - recent, ..Split::default() };
+        }
+        Split::of(keep, self.values.int(Name::SinkSize).unwrap_or(0), self.shares())
+    }
+
+    /// What the last of the heavy hitters are chosen by.
+    pub(crate) fn heavy<'a>(&self, average: Option<&'a Average>) -> Box<dyn Score + 'a> {
+        match (self.strategy.heavy, average) {
+            (Heavy::Mass, None) => Box::new(Mass),
+            (Heavy::Mass, Some(average)) => Box::new(Averaged(average)),
+            (Heavy::Pooled(reach), _) => Box::new(Pooled(reach)),
+            (Heavy::Drawn, _) => Box::new(Drawn),
+        }
+    }
+
+    /// What makes this spec again: its budget, unless that follows from the window, and the parameters in force.
+    #[must_use]
+    pub fn arguments(&self) -> (Option<usize>, Vec<(Name, Value)>) {
+        let budget = self.budget.filter(|_| self.values.get(Name::WindowSize).is_none());
+        let given = PARAMETERS.iter().filter_map(|row| self.values.get(row.id).map(|value| (row.id, value)));
+        (budget, given.collect())
+    }
+}
+
+impl PartialEq for Spec {
+    fn eq(&self, other: &Self) -> bool {
+        (self.strategy.name, self.budget, self.values) == (other.strategy.name, other.budget, other.values)
+    }
+}
+
+impl Eq for Spec {}
+
+impl Hash for Spec {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        // Ratios are left out: those that are equal need not have equal bits.
+        (self.strategy.name, self.budget, self.interval(), self.look_gap()).hash(state);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::REGISTRY;
+    use crate::strategy::STRATEGIES;
 
-    fn config_error(strategy: &str, request: &Request) -> String {
-        match Spec::new(strategy, request) {
+    fn spec(name: &str, budget: Option<i64>, given: &[(Name, Value)]) -> Spec {
+        Spec::new(name, budget, given).unwrap()
+    }
+
+    fn config_error(name: &str, budget: Option<i64>, given: &[(Name, Value)]) -> String {
+        match Spec::new(name, budget, given) {
             Err(crate::Error::Config(text)) => text,
             other => panic!("{other:?}"),
         }
     }
 
     #[test]
-    fn defaults_resolve_for_every_strategy() {
-        for strategy in REGISTRY {
-            let spec = Spec::new(strategy.name(), &Request::default()).unwrap();
-            assert_eq!(spec.budget().is_some(), strategy.bounded());
-            if let Some(budget) = spec.budget() {
-                assert!(spec.split(budget).recent == 256 || budget == 256, "{}", strategy.name());
-                assert_eq!(spec.split(budget).total(), budget);
-                let given = Request { budget: Some(budget as i64), ..Request::default() };
-                assert_eq!(Spec::new(strategy.name(), &given).unwrap().split(budget), spec.split(budget));
-            }
-        }
+    fn windows_and_budgets() {
+        let budgets: Vec<_> = STRATEGIES.iter().map(|s| spec(s.name, None, &[]).budget()).collect();
+        let expected = [None, Some(256), Some(260), Some(512), Some(1028), Some(256), Some(256), Some(256), Some(256)];
+        assert_eq!(budgets, expected);
+        let given = spec("h2o", Some(64), &[(Name::WindowSize, Value::Int(9))]);
+        assert_eq!((given.budget(), given.values().int(Name::WindowSize)), (Some(64), None));
+        assert_eq!(spec("full", Some(64), &[]).budget(), None);
     }
 
     #[test]
-    fn bad_values_are_named() {
-        let base = Request::default();
-        for strategy in REGISTRY {
-            let text = config_error(strategy.name(), &Request { heavy_ratio: Some(-0.5), ..base });
-            assert_eq!(text, "heavy_ratio must be a number from 0 to 1, got -0.5");
-            assert!(config_error(strategy.name(), &Request { peak_ratio: Some(f64::NAN), ..base }).contains("NaN"));
-            assert!(config_error(strategy.name(), &Request { recent_ratio: Some(0.0), ..base }).contains("above 0"));
-            assert!(config_error(strategy.name(), &Request { sink_size: Some(-1), ..base }).contains("got -1"));
-        }
-        assert!(config_error("h2o", &Request { budget: Some(3), ..base }).contains("budget 3 is out of range"));
-        assert!(config_error("streaming", &Request { budget: Some(7), ..base }).contains("from 8 to"));
-        let text = config_error("local", &Request { budget: Some(80), eviction_interval: Some(11), ..base });
-        assert_eq!(text, "eviction_interval must be at most 10 with a budget of 80 and 0 sinks, got 11");
-        assert!(config_error("streaming", &Request { window_size: Some(2), ..base }).contains("window_size 2"));
+    fn own_and_given_parameters() {
+        let own = spec("liquid_fusion", Some(64), &[]);
+        assert_eq!(own.split(64), Split { sinks: 4, recent: 15, distinct: 0, peak: 27, mass: 18 });
+        assert_eq!((own.look_gap(), own.peak_reach(), own.interval()), (8, Some(64), 2));
+        let distinct = spec("liquid_fusion", Some(64), &[(Name::DistinctRatio, Value::Ratio(0.3))]);
+        assert_eq!(distinct.split(64), Split { sinks: 4, recent: 15, distinct: 14, peak: 27, mass: 4 });
+        assert_eq!([own.distinct(), distinct.distinct()], [false, true]);
+        let narrow = spec("liquid_fusion", Some(64), &[(Name::LookGap, Value::Int(50))]);
+        assert_eq!(narrow.look_gap(), 15);
     }
 
     #[test]
-    fn unused_parameters_are_ignored() {
-        let request = Request { sink_size: Some(9), peak_ratio: Some(1.0), budget: Some(64), ..Request::default() };
-        let spec = Spec::new("h2o", &request).unwrap();
-        assert_eq!(spec.parameters().sink_size, None);
-        assert_eq!(spec.split(64), Split { sinks: 0, recent: 32, peak: 0, mass: 32 });
-        let full = Spec::new("full", &request).unwrap();
-        assert_eq!((full.budget(), *full.parameters()), (None, Parameters::default()));
+    fn what_is_not_listened_to_is_refused() {
+        let text = config_error("h2o", None, &[(Name::SinkSize, Value::Int(4))]);
+        assert!(text.starts_with("h2o does not listen to sink_size; it listens to window_size, heavy_ratio"), "{text}");
+        assert!(config_error("full", None, &[(Name::PeakRatio, Value::Ratio(2.0))]).contains("got 2"));
+        let text = config_error("full", None, &[(Name::WindowSize, Value::Int(4))]);
+        assert!(text.ends_with("it listens to no parameter"), "{text}");
+    }
+
+    #[test]
+    fn sizes_are_checked() {
+        assert!(config_error("liquid_fusion", Some(7), &[]).contains("budget 7 is out of range"));
+        assert!(
+            config_error("local", None, &[(Name::WindowSize, Value::Int(2))]).contains("window_size 2 (a budget of 2)")
+        );
+        assert!(config_error("tova", Some(3), &[]).contains("from 4 to"));
+        let text = config_error("h2o", Some(64), &[(Name::EvictionInterval, Value::Int(9))]);
+        assert!(text.contains("at most 8"), "{text}");
     }
 
     #[test]
     fn rivals_have_their_papers_numbers() {
-        let sized = |name, budget| Spec::new(name, &Request { budget: Some(budget), ..Request::default() }).unwrap();
-        let split = |recent, mass| Split { sinks: 0, recent, peak: 0, mass };
+        let split = |recent, mass| Split { recent, mass, ..Split::default() };
         for name in ["tova", "random"] {
-            assert_eq!(sized(name, 40).split(40), split(1, 39));
-            assert_eq!(sized(name, 40).split(1), split(1, 0));
+            assert_eq!(spec(name, Some(40), &[]).split(40), split(1, 39));
+            assert_eq!(spec(name, Some(40), &[]).split(1), split(1, 0));
         }
         assert_eq!(
-            [40, 65, 500, 1].map(|keep| sized("snapkv", 500).split(keep)),
+            [40, 65, 500, 1].map(|keep| spec("snapkv", Some(500), &[]).split(keep)),
             [split(20, 20), split(32, 33), split(32, 468), split(1, 0)]
         );
-        assert_eq!(
-            ["tova", "snapkv"].map(|name| sized(name, 40).mass_decay().to_bits()),
-            [0.0, 0.96875].map(f64::to_bits)
-        );
-        assert!(config_error("tova", &Request { budget: Some(3), ..Request::default() }).contains("from 4 to"));
+        let keydiff = spec("keydiff", Some(40), &[]);
+        assert_eq!(keydiff.split(40), Split { recent: 1, distinct: 39, ..Split::default() });
+        assert!(keydiff.distinct() && !keydiff.strategy().scored);
+        let decay = |name| spec(name, Some(40), &[]).mass_decay();
+        assert_eq!(["tova", "snapkv", "h2o"].map(|name| decay(name).to_bits()), [0.0, 0.96875, 1.0].map(f64::to_bits));
     }
 
     #[test]
     fn decay_follows_the_update_rate() {
-        let rate =
-            |r| Spec::new("liquid_fusion", &Request { sink_update_rate: Some(r), ..Request::default() }).unwrap();
-        assert!((rate(0.1).mass_decay() - 0.9f64.powf(1.0 / 64.0)).abs() < 1e-15);
-        assert!((rate(0.0).mass_decay() - 1.0).abs() < 1e-15);
-        assert!(rate(1.0).mass_decay().abs() < 1e-15);
+        let decay = |rate| spec("liquid_fusion", None, &[(Name::SinkUpdateRate, Value::Ratio(rate))]).mass_decay();
+        assert!((decay(0.1) - 0.9f64.powf(1.0 / 64.0)).abs() < 1e-15);
+        assert!((decay(0.0) - 1.0).abs() < 1e-15);
+        assert!(decay(1.0).abs() < 1e-15);
+    }
+
+    #[test]
+    fn arguments_make_the_same_again() {
+        for strategy in STRATEGIES {
+            for budget in [None, Some(64)] {
+                let one = spec(strategy.name, budget, &[]);
+                let (size, given) = one.arguments();
+                assert_eq!(spec(strategy.name, size.map(|n| n as i64), &given), one);
+            }
+        }
+        assert_ne!(spec("h2o", None, &[]), spec("h2o", Some(512), &[]));
+        assert_ne!(spec("h2o", Some(64), &[]), spec("tova", Some(64), &[]));
     }
 }

@@ -29,17 +29,9 @@ pub(crate) fn float(name: &str, value: &Bound<'_, PyAny>) -> PyResult<f64> {
     value.extract().map_err(|_| config_error(value.py(), format!("{name} must be a number, got {}", shown(value))))
 }
 
-/// A number, or `None`.
-pub(crate) fn optional_float(name: &str, value: Option<&Bound<'_, PyAny>>) -> PyResult<Option<f64>> {
-    value.map(|v| float(name, v)).transpose()
-}
-
-/// A boolean, or `None`.
-pub(crate) fn optional_bool(name: &str, value: Option<&Bound<'_, PyAny>>) -> PyResult<Option<bool>> {
-    let extract = |v: &Bound<'_, PyAny>| {
-        v.extract().map_err(|_| config_error(v.py(), format!("{name} must be True or False, got {}", shown(v))))
-    };
-    value.map(extract).transpose()
+/// A boolean.
+pub(crate) fn boolean(name: &str, value: &Bound<'_, PyAny>) -> PyResult<bool> {
+    value.extract().map_err(|_| config_error(value.py(), format!("{name} must be True or False, got {}", shown(value))))
 }
 
 /// A text.

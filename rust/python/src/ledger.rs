@@ -55,8 +55,8 @@ impl Bindings {
     }
 
     fn shape(&self) -> Shape {
-        let [layers, batch, heads, slots] = self.positions.shape();
-        Shape { layers, batch, heads, slots }
+        let [layers, rows, kv_heads, slots] = self.positions.shape();
+        Shape { layers, rows, kv_heads, slots }
     }
 
     fn spans(&self) -> Vec<(&'static str, std::ops::Range<usize>)> {
@@ -81,9 +81,9 @@ impl PyLedger {
     }
 }
 
-/// The integers of a list that are one per row.
-fn per_row(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<i64>> {
-    ints(name, value)
+/// Rows by number, or `None` for all.
+fn some_rows(rows: Option<&Bound<'_, PyAny>>) -> PyResult<Option<Vec<i64>>> {
+    rows.map(|rows| ints("rows", rows)).transpose()
 }
 
 #[pymethods]
@@ -100,18 +100,25 @@ impl PyLedger {
         let py = positions.py();
         let threads = threads::resolve(optional_int("threads", threads)?).map_err(|error| raise(py, error))?;
         let bindings = Bindings::import(positions, mass, peak)?;
-        if spec.0.strategy().scored() && bindings.scores.is_none() {
-            let text = format!("{} needs the tensors mass and peak, got None", spec.0.strategy().name());
+        if spec.0.strategy().scored && bindings.scores.is_none() {
+            let text = format!("{} needs the tensors mass and peak, got None", spec.0.strategy().name);
             return Err(tensor_error(py, text));
         }
         let ledger = Ledger::new(spec.0.clone(), bindings.shape(), threads).map_err(|error| raise(py, error))?;
         Ok(Self(Mutex::new(State { ledger, bindings })))
     }
 
-    /// Start a call of `lengths[b]` real new tokens per row; rows with one token get the slot to write.
-    fn begin(&self, lengths: &Bound<'_, PyAny>, slots: &Bound<'_, PyAny>) -> PyResult<()> {
+    /// Start a call of `lengths[i]` real new tokens for each of `rows` (None: all); rows with one token get the slot to write.
+    #[pyo3(signature = (lengths, slots, rows=None))]
+    fn begin(
+        &self,
+        lengths: &Bound<'_, PyAny>,
+        slots: &Bound<'_, PyAny>,
+        rows: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
         let py = lengths.py();
-        let lengths = per_row("lengths", lengths)?;
+        let rows = some_rows(rows)?;
+        let lengths = ints("lengths", lengths)?;
         let mut out = Tensor::<i64, 3>::import("slots", "[layers, batch, kv_heads]", slots, Access::Write)?;
         let mut state = self.lock(py);
         let state = &mut *state;
@@ -121,11 +128,12 @@ impl PyLedger {
         released(py, || {
             let shape = out.shape();
             let mut out = ViewMut::new("slots", out.slice_mut(), shape)?;
-            state.ledger.begin(&mut state.bindings.slots(), &lengths, &mut out)
+            state.ledger.begin(&mut state.bindings.slots(), &lengths, rows.as_deref(), &mut out)
         })
     }
 
     /// Decide which tokens of a layer and its chunk stay.
+    #[pyo3(signature = (layer, columns, mass, peak, source, distinct=None))]
     fn chunk(
         &self,
         layer: &Bound<'_, PyAny>,
@@ -133,6 +141,7 @@ impl PyLedger {
         mass: Option<&Bound<'_, PyAny>>,
         peak: Option<&Bound<'_, PyAny>>,
         source: &Bound<'_, PyAny>,
+        distinct: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         const SCORES: &str = "[batch, kv_heads, slots + columns]";
         let py = layer.py();
@@ -148,6 +157,7 @@ impl PyLedger {
             )),
             _ => return Err(tensor_error(py, "mass and peak must both be tensors or both None".into())),
         };
+        let distinct = distinct.map(|d| Tensor::<f32, 3>::import("distinct", SCORES, d, Access::Read)).transpose()?;
         let mut source = Tensor::<i32, 3>::import("source", "[batch, kv_heads, slots]", source, Access::Write)?;
         let mut state = self.lock(py);
         let state = &mut *state;
@@ -157,36 +167,49 @@ impl PyLedger {
         if let Some((mass, peak)) = &scores {
             read.extend([("mass", mass.span()), ("peak", peak.span())]);
         }
+        read.extend(distinct.as_ref().map(|distinct| ("distinct", distinct.span())));
         // What is only read may be shared among itself.
         for span in read {
             disjoint(py, &[&written[..], &[span]].concat())?;
         }
         released(py, || {
             let columns = View::new("columns", columns.slice(), columns.shape())?;
-            let scores = match &scores {
-                Some((mass, peak)) => Some(ChunkScores {
-                    mass: View::new("mass", mass.slice(), mass.shape())?,
-                    peak: View::new("peak", peak.slice(), peak.shape())?,
-                }),
-                None => None,
-            };
+            let mut known = ChunkScores::default();
+            if let Some((mass, peak)) = &scores {
+                let mass = View::new("mass", mass.slice(), mass.shape())?;
+                known.scores = Some((mass, View::new("peak", peak.slice(), peak.shape())?));
+            }
+            if let Some(distinct) = &distinct {
+                known.distinct = Some(View::new("distinct", distinct.slice(), distinct.shape())?);
+            }
             let shape = source.shape();
             let mut source = ViewMut::new("source", source.slice_mut(), shape)?;
-            state.ledger.chunk(&mut state.bindings.slots(), layer, columns, scores, &mut source)
+            state.ledger.chunk(&mut state.bindings.slots(), layer, columns, known, &mut source)
         })
     }
 
     /// End a call: choose the next victims where they are due; returns how many.
-    fn finish(&self, py: Python<'_>) -> PyResult<u64> {
+    #[pyo3(signature = (distinct=None))]
+    fn finish(&self, py: Python<'_>, distinct: Option<&Bound<'_, PyAny>>) -> PyResult<u64> {
+        let distinct = distinct.map(|d| Tensor::<f32, 4>::import("distinct", SLOTS, d, Access::Read)).transpose()?;
         let mut state = self.lock(py);
         let state = &mut *state;
-        released(py, || state.ledger.finish(&state.bindings.slots()))
+        if let Some(distinct) = &distinct {
+            disjoint(py, &[state.bindings.spans(), vec![("distinct", distinct.span())]].concat())?;
+        }
+        released(py, || {
+            let distinct = match &distinct {
+                Some(distinct) => Some(View::new("distinct", distinct.slice(), distinct.shape())?),
+                None => None,
+            };
+            state.ledger.finish(&state.bindings.slots(), distinct)
+        })
     }
 
     /// Copy queue entries `skip[b]` and following, -1 beyond the end.
     fn peek(&self, out: &Bound<'_, PyAny>, skip: &Bound<'_, PyAny>) -> PyResult<()> {
         let py = out.py();
-        let skip = per_row("skip", skip)?;
+        let skip = ints("skip", skip)?;
         let mut out = Tensor::<i32, 4>::import("out", "[layers, batch, kv_heads, n]", out, Access::Write)?;
         let state = self.lock(py);
         let state = &*state;
@@ -196,7 +219,7 @@ impl PyLedger {
 
     /// Length of each row's queues.
     fn queue_lengths(&self, py: Python<'_>) -> Vec<usize> {
-        self.lock(py).ledger.queue_lengths().to_vec()
+        self.lock(py).ledger.queue_lengths()
     }
 
     /// Copy all queues, padded with -1.
@@ -209,22 +232,45 @@ impl PyLedger {
         released(py, || state.ledger.queues(&mut ViewMut::new("out", out.slice_mut(), shape)?))
     }
 
-    /// Take over saved queues and counters; the bound tensors already hold what was saved.
-    fn restore(&self, queues: &Bound<'_, PyAny>, seen: &Bound<'_, PyAny>) -> PyResult<()> {
+    /// Take over saved queues and counters of some rows (None: all); the bound tensors already hold what was saved.
+    #[pyo3(signature = (queues, seen, rows=None))]
+    fn restore(
+        &self,
+        queues: &Bound<'_, PyAny>,
+        seen: &Bound<'_, PyAny>,
+        rows: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
         let py = queues.py();
+        let rows = some_rows(rows)?;
         let queues = Tensor::<i32, 4>::import("queues", SLOTS, queues, Access::Read)?;
-        let seen = per_row("seen", seen)?;
+        let seen = ints("seen", seen)?;
         let mut state = self.lock(py);
         let state = &mut *state;
         released(py, || {
             let queues = View::new("queues", queues.slice(), queues.shape())?;
-            state.ledger.restore(state.bindings.positions.slice(), queues, &seen)
+            state.ledger.restore(state.bindings.positions.slice(), queues, &seen, rows.as_deref())
         })
+    }
+
+    /// Empty one row: positions -1, scores 0, queues full, no token seen.
+    fn release(&self, row: &Bound<'_, PyAny>) -> PyResult<()> {
+        let (py, row) = (row.py(), int("row", row)?);
+        let mut state = self.lock(py);
+        let state = &mut *state;
+        released(py, || state.ledger.release(&mut state.bindings.slots(), row))
+    }
+
+    /// Make row `target` a copy of row `source`, the bound tensors included.
+    fn copy_row(&self, source: &Bound<'_, PyAny>, target: &Bound<'_, PyAny>) -> PyResult<()> {
+        let (py, source, target) = (source.py(), int("source", source)?, int("target", target)?);
+        let mut state = self.lock(py);
+        let state = &mut *state;
+        released(py, || state.ledger.copy_row(&mut state.bindings.slots(), source, target))
     }
 
     /// Row `i` takes the state of row `rows[i]`; the caller does the same with its tensors.
     fn reorder(&self, rows: &Bound<'_, PyAny>) -> PyResult<()> {
-        let rows_ = per_row("rows", rows)?;
+        let rows_ = ints("rows", rows)?;
         let mut state = self.lock(rows.py());
         let ledger = &mut state.ledger;
         released(rows.py(), || ledger.reorder(&rows_))

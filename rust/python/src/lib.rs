@@ -3,10 +3,10 @@
 //! `tensor` makes zero-copy views and holds the only unsafe code; the rest checks arguments, releases the GIL and maps errors.
 #![deny(clippy::undocumented_unsafe_blocks)]
 
+mod accumulate;
 mod args;
 mod error;
 mod ledger;
-mod score;
 mod spec;
 mod tensor;
 
@@ -30,9 +30,9 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<spec::PySpec>()?;
     module.add_class::<ledger::PyLedger>()?;
     module.add_function(wrap_pyfunction!(spec::strategies, module)?)?;
+    module.add_function(wrap_pyfunction!(spec::parameters, module)?)?;
     module.add_function(wrap_pyfunction!(spec::budget_from_percent, module)?)?;
-    module.add_function(wrap_pyfunction!(score::accumulate, module)?)?;
-    module.add_function(wrap_pyfunction!(score::select, module)?)?;
+    module.add_function(wrap_pyfunction!(accumulate::accumulate, module)?)?;
     module.add_function(wrap_pyfunction!(build_info, module)?)?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))
 }

@@ -1,42 +1,74 @@
-//! `Spec`, and what the registry knows about the strategies.
+//! `Spec`, and the tables of strategies and parameters.
 
-use liquidfusion_core::policy::{self, Parameters};
+use liquidfusion_core::params::{self, Kind, Name, PARAMETERS, Parameter, Value};
 use liquidfusion_core::simd;
-use liquidfusion_core::sinks::Sinks;
-use liquidfusion_core::spec::{Request, Spec};
+use liquidfusion_core::spec::{PEAK_DECAY, Spec};
+use liquidfusion_core::split::{self, MOST_TOKENS};
+use liquidfusion_core::strategy::{self, STRATEGIES, Strategy};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 
-use crate::args::{float, int, optional_bool, optional_float, optional_int, text};
-use crate::error::raise;
+use crate::args::{boolean, float, int, optional_int, text};
+use crate::error::{config_error, raise};
 
 /// A strategy with resolved, validated parameters.
 #[pyclass(name = "Spec", module = "liquidfusion._core", frozen)]
 pub(crate) struct PySpec(pub(crate) Spec);
 
-/// Every parameter with its value; `None` for those not used.
-fn parameters<'py>(py: Python<'py>, p: &Parameters) -> PyResult<Bound<'py, PyDict>> {
-    let dict = PyDict::new(py);
-    dict.set_item("window_size", p.window_size)?;
-    dict.set_item("sink_size", p.sink_size)?;
-    dict.set_item("sink_update_rate", p.sink_update_rate)?;
-    dict.set_item("heavy_ratio", p.heavy_ratio)?;
-    dict.set_item("recent_ratio", p.recent_ratio)?;
-    dict.set_item("peak_ratio", p.peak_ratio)?;
-    dict.set_item("sinks", p.sinks.map(Sinks::name))?;
-    dict.set_item("value_weighted", p.value_weighted)?;
-    dict.set_item("look_gap", p.look_gap)?;
-    dict.set_item("peak_reach", p.peak_reach)?;
-    dict.set_item("averaged", p.averaged)?;
-    dict.set_item("age_half_life", p.age_half_life)?;
-    Ok(dict)
+fn object(py: Python<'_>, value: Option<Value>) -> PyResult<Bound<'_, PyAny>> {
+    Ok(match value {
+        None => py.None().into_bound(py),
+        Some(Value::Int(value)) => value.into_pyobject(py)?.into_any(),
+        Some(Value::Ratio(value)) => value.into_pyobject(py)?.into_any(),
+        Some(Value::Flag(value)) => value.into_pyobject(py)?.to_owned().into_any(),
+        Some(Value::Choice(value)) => value.into_pyobject(py)?.into_any(),
+    })
+}
+
+/// What came for a parameter, as its kind has it.
+fn value(parameter: &Parameter, came: &Bound<'_, PyAny>) -> PyResult<Value> {
+    let name = parameter.name;
+    Ok(match parameter.kind {
+        Kind::Int { .. } => Value::Int(int(name, came)?),
+        // Of the two zeros the one that everybody means.
+        Kind::Ratio { .. } => Value::Ratio(float(name, came)? + 0.0),
+        Kind::Flag => Value::Flag(boolean(name, came)?),
+        Kind::Choice(words) => {
+            let word = text(name, came)?;
+            let Some(known) = words.iter().find(|known| **known == word) else {
+                let accepted: Vec<_> = words.iter().map(|known| format!("{known:?}")).collect();
+                let text = format!("{name} must be {}, got {word:?}", accepted.join(" or "));
+                return Err(config_error(came.py(), text));
+            };
+            Value::Choice(known)
+        }
+    })
+}
+
+fn given(strategy: &Strategy, parameters: &Bound<'_, PyDict>) -> PyResult<Vec<(Name, Value)>> {
+    let mut given = Vec::new();
+    for (name, came) in parameters {
+        let name = text("a parameter's name", &name)?;
+        match params::find(&name) {
+            None => strategy.refuse(&name).map_err(|error| raise(parameters.py(), error))?,
+            Some(_) if came.is_none() => {}
+            Some(parameter) => given.push((parameter.id, value(parameter, &came)?)),
+        }
+    }
+    Ok(given)
 }
 
 impl PySpec {
     /// The keyword arguments that make this spec again.
     fn arguments<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let dict = self.params(py)?;
-        dict.set_item("budget", self.0.budget())?;
+        let (budget, given) = self.0.arguments();
+        let dict = PyDict::new(py);
+        if budget.is_some() {
+            dict.set_item("budget", budget)?;
+        }
+        for (name, value) in given {
+            dict.set_item(name.row().name, object(py, Some(value))?)?;
+        }
         Ok(dict)
     }
 }
@@ -44,57 +76,26 @@ impl PySpec {
 #[pymethods]
 impl PySpec {
     #[new]
-    #[pyo3(signature = (strategy, budget=None, *, window_size=None, sink_size=None, sink_update_rate=None, heavy_ratio=None,
-        recent_ratio=None, peak_ratio=None, eviction_interval=None, sinks=None, value_weighted=None, look_gap=None, peak_reach=None,
-        averaged=None, age_half_life=None))]
-    #[expect(clippy::too_many_arguments, reason = "Python keyword arguments")]
+    #[pyo3(signature = (strategy, budget=None, **parameters))]
     fn new(
         strategy: &Bound<'_, PyAny>,
         budget: Option<&Bound<'_, PyAny>>,
-        window_size: Option<&Bound<'_, PyAny>>,
-        sink_size: Option<&Bound<'_, PyAny>>,
-        sink_update_rate: Option<&Bound<'_, PyAny>>,
-        heavy_ratio: Option<&Bound<'_, PyAny>>,
-        recent_ratio: Option<&Bound<'_, PyAny>>,
-        peak_ratio: Option<&Bound<'_, PyAny>>,
-        eviction_interval: Option<&Bound<'_, PyAny>>,
-        sinks: Option<&Bound<'_, PyAny>>,
-        value_weighted: Option<&Bound<'_, PyAny>>,
-        look_gap: Option<&Bound<'_, PyAny>>,
-        peak_reach: Option<&Bound<'_, PyAny>>,
-        averaged: Option<&Bound<'_, PyAny>>,
-        age_half_life: Option<&Bound<'_, PyAny>>,
+        parameters: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<Self> {
         let py = strategy.py();
-        let sinks = sinks.map(|v| Sinks::parse(&text("sinks", v)?).map_err(|error| raise(py, error))).transpose()?;
-        let request = Request {
-            budget: optional_int("budget", budget)?,
-            window_size: optional_int("window_size", window_size)?,
-            sink_size: optional_int("sink_size", sink_size)?,
-            sink_update_rate: optional_float("sink_update_rate", sink_update_rate)?,
-            heavy_ratio: optional_float("heavy_ratio", heavy_ratio)?,
-            recent_ratio: optional_float("recent_ratio", recent_ratio)?,
-            peak_ratio: optional_float("peak_ratio", peak_ratio)?,
-            eviction_interval: optional_int("eviction_interval", eviction_interval)?,
-            sinks,
-            value_weighted: optional_bool("value_weighted", value_weighted)?,
-            look_gap: optional_int("look_gap", look_gap)?,
-            peak_reach: optional_int("peak_reach", peak_reach)?,
-            averaged: optional_bool("averaged", averaged)?,
-            age_half_life: optional_int("age_half_life", age_half_life)?,
-        };
         let name = text("strategy", strategy)?;
-        let spec = simd::check().and_then(|()| Spec::new(&name, &request));
-        spec.map(Self).map_err(|error| raise(py, error))
+        let row = simd::check().and_then(|()| strategy::find(&name)).map_err(|error| raise(py, error))?;
+        let given = parameters.map_or(Ok(Vec::new()), |parameters| given(row, parameters))?;
+        Spec::new(&name, optional_int("budget", budget)?, &given).map(Self).map_err(|error| raise(py, error))
     }
 
     /// Name of the strategy.
     #[getter]
     fn strategy(&self) -> &'static str {
-        self.0.strategy().name()
+        self.0.strategy().name
     }
 
-    /// Slots per layer, row and head; None when unbounded.
+    /// Slots per layer, row and kv head; None when unbounded.
     #[getter]
     fn budget(&self) -> Option<usize> {
         self.0.budget()
@@ -114,20 +115,27 @@ impl PySpec {
 
     /// Factor by which the peak attention fades per query token.
     #[getter]
+    #[expect(clippy::unused_self, reason = "Python reads it beside mass_decay")]
     fn peak_decay(&self) -> f64 {
-        self.0.peak_decay()
+        PEAK_DECAY
     }
 
     /// Whether attention probabilities are needed.
     #[getter]
     fn scored(&self) -> bool {
-        self.0.strategy().scored()
+        self.0.strategy().scored
+    }
+
+    /// Whether decisions need to be told how distinct each token's key is.
+    #[getter]
+    fn distinct(&self) -> bool {
+        self.0.distinct()
     }
 
     /// Whether memory is bounded.
     #[getter]
     fn bounded(&self) -> bool {
-        self.0.strategy().bounded()
+        self.0.strategy().bounded
     }
 
     /// Whether probabilities are weighted with the length of the value vectors.
@@ -154,20 +162,22 @@ impl PySpec {
         self.0.averaged()
     }
 
-    /// The parameters in force, None for those not used.
+    /// Every parameter with its value; None for those not used.
     #[getter]
     fn params<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let dict = parameters(py, self.0.parameters())?;
-        dict.set_item("eviction_interval", self.bounded().then(|| self.0.interval()))?;
+        let dict = PyDict::new(py);
+        for parameter in &PARAMETERS {
+            dict.set_item(parameter.name, object(py, self.0.values().get(parameter.id))?)?;
+        }
         Ok(dict)
     }
 
-    /// (sinks, recent, peak, mass) when `keep` tokens stay.
+    /// (sinks, recent, peak, mass) when `keep` tokens stay; what they leave is chosen by distinctness.
     fn split(&self, keep: &Bound<'_, PyAny>) -> PyResult<(usize, usize, usize, usize)> {
         let value = int("keep", keep)?;
-        let Some(keep) = usize::try_from(value).ok().filter(|&k| (1..=i32::MAX as usize).contains(&k)) else {
-            let text = format!("keep must be an integer from 1 to {}, got {value}", i32::MAX);
-            return Err(crate::error::config_error(keep.py(), text));
+        let Some(keep) = usize::try_from(value).ok().filter(|k| (1..=MOST_TOKENS).contains(k)) else {
+            let text = format!("keep must be an integer from 1 to {MOST_TOKENS}, got {value}");
+            return Err(config_error(keep.py(), text));
         };
         let split = self.0.split(keep);
         Ok((split.sinks, split.recent, split.peak, split.mass))
@@ -176,23 +186,19 @@ impl PySpec {
     fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
         let mut parts = vec![format!("{:?}", self.strategy())];
         for (name, value) in self.arguments(py)? {
-            if !value.is_none() {
-                parts.push(format!("{name}={}", value.repr()?));
-            }
+            parts.push(format!("{name}={}", value.repr()?));
         }
         Ok(format!("Spec({})", parts.join(", ")))
     }
 
     fn __eq__(&self, other: &Self) -> bool {
-        self.strategy() == other.strategy()
-            && (self.budget(), self.interval()) == (other.budget(), other.interval())
-            && self.0.parameters() == other.0.parameters()
+        self.0 == other.0
     }
 
     fn __hash__(&self) -> u64 {
         use std::hash::{DefaultHasher, Hash, Hasher};
         let mut hasher = DefaultHasher::new();
-        (self.strategy(), self.budget(), self.interval()).hash(&mut hasher);
+        self.0.hash(&mut hasher);
         hasher.finish()
     }
 
@@ -201,30 +207,47 @@ impl PySpec {
     }
 }
 
-/// What the registry knows: name, summary, paper, parameters used and their defaults.
+/// What the table knows of the strategies: name, summary, paper, parameters listened to and their own values.
 #[pyfunction]
 pub(crate) fn strategies(py: Python<'_>) -> PyResult<Bound<'_, PyList>> {
     let list = PyList::empty(py);
-    for strategy in policy::REGISTRY {
+    for strategy in STRATEGIES {
         let defaults = PyDict::new(py);
-        for (name, value) in parameters(py, &strategy.defaults())? {
-            if !value.is_none() {
-                defaults.set_item(name, value)?;
-            }
-        }
-        // These follow from the budget.
-        if strategy.bounded() {
-            defaults.set_item("eviction_interval", py.None())?;
-        }
-        if strategy.defaults().peak_ratio.is_some() {
-            defaults.set_item("peak_reach", py.None())?;
+        for &(name, value) in strategy.parameters {
+            defaults.set_item(name.row().name, object(py, value)?)?;
         }
         let info = PyDict::new(py);
-        info.set_item("name", strategy.name())?;
-        info.set_item("summary", strategy.summary())?;
-        info.set_item("paper", strategy.paper())?;
+        info.set_item("name", strategy.name)?;
+        info.set_item("summary", strategy.summary)?;
+        info.set_item("paper", strategy.paper)?;
         info.set_item("parameters", defaults.keys())?;
         info.set_item("defaults", defaults)?;
+        list.append(info)?;
+    }
+    Ok(list)
+}
+
+/// The one table of parameters: name, kind, range and explanation of each.
+#[pyfunction]
+pub(crate) fn parameters(py: Python<'_>) -> PyResult<Bound<'_, PyList>> {
+    let list = PyList::empty(py);
+    for parameter in &PARAMETERS {
+        let info = PyDict::new(py);
+        info.set_item("name", parameter.name)?;
+        let (kind, least, most, open_low, choices) = match parameter.kind {
+            Kind::Int { least } => {
+                ("int", Some(Value::Int(least as i64)), Some(Value::Int(MOST_TOKENS as i64)), false, &[][..])
+            }
+            Kind::Ratio { above } => ("float", Some(Value::Ratio(0.0)), Some(Value::Ratio(1.0)), above, &[][..]),
+            Kind::Flag => ("bool", None, None, false, &[][..]),
+            Kind::Choice(words) => ("choice", None, None, false, words),
+        };
+        info.set_item("kind", kind)?;
+        info.set_item("least", object(py, least)?)?;
+        info.set_item("most", object(py, most)?)?;
+        info.set_item("open_low", open_low)?;
+        info.set_item("choices", choices)?;
+        info.set_item("help", parameter.help)?;
         list.append(info)?;
     }
     Ok(list)
@@ -237,10 +260,6 @@ pub(crate) fn budget_from_percent(
     prompt_tokens: &Bound<'_, PyAny>,
     sink_size: &Bound<'_, PyAny>,
 ) -> PyResult<usize> {
-    liquidfusion_core::budget::from_percent(
-        float("percent", percent)?,
-        int("prompt_tokens", prompt_tokens)?,
-        int("sink_size", sink_size)?,
-    )
-    .map_err(|error| raise(percent.py(), error))
+    split::from_percent(float("percent", percent)?, int("prompt_tokens", prompt_tokens)?, int("sink_size", sink_size)?)
+        .map_err(|error| raise(percent.py(), error))
 }

@@ -1,160 +1,165 @@
 //! A call of the model from its first to its last step: the slots that are overwritten now, and those that are next.
 
-use std::sync::Mutex;
-
-use super::{Call, Ledger, SCRATCH, Shape, Slots, WORTH_THREADS, first, note, score_error, wrap};
-use crate::decide::{Candidates, Rule, Scores};
+use super::{Call, Failure, Ledger, Ring, SCRATCH, Shape, Slots, WORTH_THREADS, at, needed, score_error, wrap};
+use crate::decide::Rule;
 use crate::error::{Result, fail};
+use crate::head::{Head, Place, Scores};
+use crate::split::MOST_TOKENS;
 use crate::threads;
-use crate::view::ViewMut;
-use crate::worth;
+use crate::view::{View, ViewMut};
 
 impl Ledger {
-    /// Start a call of `lengths[b]` real new tokens per row.
+    /// Start a call of `lengths[i]` real new tokens for each of the ledger's `rows` (`None`: all); other rows rest.
     ///
-    /// A row with one token gives each of its heads the slot to write, in `out` (`[layers, batch, heads]`): the first of the
+    /// A row with one token gives each of its heads the slot to write, in `out` (`[layers, rows of the call, kv_heads]`): the first of the
     /// queue, now holding the new position and zero scores. Other rows get -1.
-    pub fn begin(&mut self, slots: &mut Slots<'_>, lengths: &[i64], out: &mut ViewMut<'_, i64, 3>) -> Result<()> {
+    pub fn begin(
+        &mut self,
+        slots: &mut Slots<'_>,
+        lengths: &[i64],
+        rows: Option<&[i64]>,
+        out: &mut ViewMut<'_, i64, 3>,
+    ) -> Result<()> {
         self.check_slots(slots)?;
-        let Shape { layers, batch, heads, slots: per_lane } = self.shape;
+        let Shape { layers, kv_heads, slots: per_head, .. } = self.shape;
         if self.call.is_some() {
             fail!(Cache, "begin must not come twice: finish the call, or reset");
         }
-        out.expect("slots", [layers, batch, heads])?;
-        if lengths.len() != batch {
-            fail!(Tensor, "lengths must have one entry per row, {batch}, got {}", lengths.len());
+        let rows = self.chosen_rows(rows)?;
+        out.expect("slots", [layers, rows.len(), kv_heads])?;
+        if lengths.len() != rows.len() {
+            fail!(Tensor, "lengths must have one entry per row, {}, got {}", rows.len(), lengths.len());
         }
-        let mut new = Vec::with_capacity(batch);
-        for (b, &length) in lengths.iter().enumerate() {
-            let most = i32::MAX as usize - self.seen[b];
+        let mut new = Vec::with_capacity(rows.len());
+        for (i, (&length, &row)) in lengths.iter().zip(&rows).enumerate() {
+            let most = MOST_TOKENS - self.seen[row];
             match usize::try_from(length) {
                 Ok(n) if n <= most => new.push(n),
-                _ => fail!(Config, "lengths[{b}] must be from 0 to {most}, got {length}"),
+                _ => fail!(Config, "lengths[{i}] must be from 0 to {most}, got {length}"),
             }
-            if !self.spec.strategy().bounded() && self.seen[b] + new[b] > per_lane {
-                fail!(Cache, "row {b} needs {} slots and has {per_lane}: grow first", self.seen[b] + new[b]);
+            if !self.spec.strategy().bounded && self.seen[row] + new[i] > per_head {
+                fail!(Cache, "row {row} needs {} slots and has {per_head}: grow first", self.seen[row] + new[i]);
             }
         }
 
-        let mut evicted = 0u64;
-        let rows = out.data().chunks_exact_mut(heads).zip(self.queues.chunks_exact(heads * per_lane)).enumerate();
-        for (row, (out, queues)) in rows {
-            let b = row % batch;
-            if new[b] != 1 {
+        for (i, out) in out.data().chunks_exact_mut(kv_heads).enumerate() {
+            let (layer, i) = (i / rows.len(), i % rows.len());
+            let row = rows[i];
+            if new[i] != 1 {
                 out.fill(-1);
                 continue;
             }
-            let (start, position) = (self.start[b], self.seen[b] as i32);
-            for (head, (slot, queue)) in out.iter_mut().zip(queues.chunks_exact(per_lane)).enumerate() {
-                let chosen = queue[start];
+            for (kv_head, slot) in out.iter_mut().enumerate() {
+                let here = self.shape.of(self.shape.head(Place { layer, row, kv_head }));
+                let chosen = self.queues[here.start + self.rings[row].start];
                 *slot = i64::from(chosen);
-                let at = (row * heads + head) * per_lane + chosen as usize;
-                evicted += u64::from(slots.positions[at] >= 0);
-                slots.positions[at] = position;
-                if let Some((mass, peak)) = &mut slots.scores {
-                    mass[at] = 0.0;
-                    peak[at] = 0.0;
-                }
+                let taken = here.start + chosen as usize;
+                self.evictions += u64::from(slots.positions[taken] >= 0);
+                slots.clear(taken..taken + 1);
+                slots.positions[taken] = self.seen[row] as i32;
             }
         }
-        self.evictions += evicted;
-        for (b, &n) in new.iter().enumerate() {
+        for (&row, &n) in rows.iter().zip(&new) {
             if n == 1 {
-                self.start[b] = wrap(self.start[b] + 1, per_lane);
-                self.len[b] -= 1;
+                let Ring { start, len } = self.rings[row];
+                self.rings[row] = Ring { start: wrap(start + 1, per_head), len: len - 1 };
             }
-            self.seen[b] += n;
+            self.seen[row] += n;
         }
-        let call = Call { lengths: new, decided: vec![false; layers] };
-        self.call = Some(call);
+        if let Some(average) = &mut self.average {
+            average.cover(rows.iter().map(|&row| self.seen[row]).max().unwrap_or(0));
+        }
+        self.call = Some(Call { rows, lengths: new, decided: vec![false; layers] });
         Ok(())
     }
 
     /// End a call: rows whose queue holds no more than an interval of slots choose their next victims. Returns how many were chosen.
-    pub fn finish(&mut self, slots: &Slots<'_>) -> Result<u64> {
+    ///
+    /// `distinct` (`[layers, rows, kv_heads, slots]`) is how far each stored token's key points from the mean of those that are held; only
+    /// strategies that go by it need it, and only when victims are chosen.
+    pub fn finish(&mut self, slots: &Slots<'_>, distinct: Option<View<'_, f32, 4>>) -> Result<u64> {
         self.check_slots(slots)?;
         let Some(call) = &self.call else { fail!(Cache, "finish must come after begin") };
-        if call.has_chunk()
-            && let Some(layer) = call.decided.iter().position(|&d| !d)
+        if call.lengths.iter().any(|&n| n > 1)
+            && let Some(layer) = call.decided.iter().position(|&decided| !decided)
         {
             fail!(Cache, "finish must come after every layer's chunk; layer {layer} is missing");
         }
-        let Shape { batch, heads, slots: per_lane, .. } = self.shape;
+        let distinct = needed(&self.spec, distinct, self.shape.dims())?;
+        // Each row's ring once its chunk counts, and how many victims join it.
         let interval = self.spec.interval();
-        // Where each row's queue starts and ends once its chunk counts.
-        let rings: Vec<(usize, usize)> = (0..batch)
-            .map(|b| if call.lengths[b] > 1 { (0, per_lane - self.stored(b)) } else { (self.start[b], self.len[b]) })
-            .collect();
-        let due: Vec<usize> = (0..batch)
-            .map(|b| {
-                let chosen = self.spec.strategy().bounded() && call.lengths[b] > 0 && rings[b].1 <= interval;
-                if chosen { 2 * interval - rings[b].1 } else { 0 }
-            })
-            .collect();
-
-        let mut chosen = 0;
+        let mut rings = self.rings.clone();
+        let mut due = vec![0; self.shape.rows];
+        for (&row, &length) in call.rows.iter().zip(&call.lengths) {
+            if length > 1 {
+                rings[row] = Ring { start: 0, len: self.shape.slots - self.stored(self.seen[row]) };
+            }
+            if self.spec.strategy().bounded && length > 0 && rings[row].len <= interval {
+                due[row] = 2 * interval - rings[row].len;
+            }
+        }
         if due.iter().any(|&victims| victims > 0) {
-            let split = self.spec.split(per_lane - 2 * interval);
-            let (sinks, average, worth) = (self.spec.sinks(), self.average.as_ref(), self.spec.worth());
-            let (seen, failure) = (&self.seen, Mutex::new(None));
-            let positions = &*slots.positions;
-            let scores = slots.scores.as_ref().map(|(mass, peak)| (&**mass, &**peak));
-            let scores = scores.filter(|_| self.spec.strategy().scored());
-            // Victims go behind the end of the ring, where nobody reads until the length is committed.
-            let lanes =
-                self.queues.chunks_exact_mut(per_lane).enumerate().filter(|(lane, _)| due[lane / heads % batch] > 0);
-            let threads = if positions.len() < WORTH_THREADS { 1 } else { self.threads };
-            threads::for_each(threads, lanes, |(lane, ring)| {
-                let b = lane / heads % batch;
-                let here = lane * per_lane..(lane + 1) * per_lane;
-                let positions = &positions[here.clone()];
-                let scores = scores.map(|(mass, peak)| Scores { mass: &mass[here.clone()], peak: &peak[here] });
-                let at = worth::Lane { layer: lane / heads / batch, head: lane % heads };
-                let rule = Rule { split, sinks, average, worth, lane: at };
-                let place = || format!("layer {}, row {b}, head {}", at.layer, at.head);
-                let candidates =
-                    Candidates { stored: positions, queued: [&[]; 2], columns: &[], seen: seen[b] as i32, scores };
-                if let Err(error) = choose(candidates, rule, due[b], ring, rings[b], place) {
-                    note(&failure, lane, error);
-                }
-            });
-            first(failure)?;
-            chosen = due.iter().map(|&n| n as u64).sum::<u64>() * (self.shape.layers * heads) as u64;
+            self.choose(slots, distinct, &rings, &due)?;
         }
-        for (b, ((start, len), victims)) in rings.into_iter().zip(due).enumerate() {
-            self.start[b] = start;
-            self.len[b] = len + victims;
+        for (ring, &victims) in rings.iter_mut().zip(&due) {
+            ring.len += victims;
         }
+        self.rings = rings;
         self.call = None;
-        Ok(chosen)
+        Ok(due.iter().map(|&victims| victims as u64).sum::<u64>() * (self.shape.layers * self.shape.kv_heads) as u64)
+    }
+
+    /// Append the victims that are due in each row to its heads' queues, where nobody reads until the length is committed.
+    fn choose(&mut self, slots: &Slots<'_>, distinct: Option<&[f32]>, rings: &[Ring], due: &[usize]) -> Result<()> {
+        let Self { spec, shape, seen, average, queues, .. } = self;
+        let (spec, shape) = (&*spec, *shape);
+        if spec.distinct() && distinct.is_none() {
+            fail!(Tensor, "{} needs distinct, got None", spec.strategy().name);
+        }
+        let split = spec.split(shape.slots - 2 * spec.interval());
+        let scores = slots.scores.as_ref().filter(|_| spec.strategy().scored);
+        let positions = &*slots.positions;
+        let failure = Failure::default();
+        let threads = if positions.len() < WORTH_THREADS { 1 } else { self.threads };
+        let heads = queues.chunks_exact_mut(shape.slots).enumerate();
+        let heads = heads.filter(|&(head, _)| due[shape.place(head).row] > 0);
+        threads::for_each(threads, heads, |(head, queue)| {
+            let (place, here) = (shape.place(head), shape.of(head));
+            let scores = Scores {
+                mass: scores.map_or(&[], |(mass, _)| &mass[here.clone()]),
+                peak: scores.map_or(&[], |(_, peak)| &peak[here.clone()]),
+                distinct: distinct.map_or(&[], |distinct| &distinct[here.clone()]),
+            };
+            let head_now = Head { place, positions: &positions[here], seen: seen[place.row], scores };
+            let heavy = spec.heavy(average.as_ref());
+            let rule = Rule { split, adaptive: spec.adaptive(), heavy: &*heavy };
+            failure.note(head, append(head_now, &rule, due[place.row], queue, rings[place.row]));
+        });
+        failure.first()
     }
 }
 
-/// Append a lane's next victims to its ring, oldest first.
-fn choose(
-    candidates: Candidates<'_>,
-    rule: Rule<'_>,
-    victims: usize,
-    ring: &mut [i32],
-    (start, len): (usize, usize),
-    place: impl Fn() -> String,
-) -> Result<()> {
-    let (slots, stored) = (ring.len(), candidates.stored);
-    SCRATCH.with_borrow_mut(|scratch| {
-        let (from_start, wrapped) = (len.min(slots - start), (start + len).saturating_sub(slots));
-        let queued = [&ring[start..start + from_start], &ring[..wrapped]];
-        let candidates = Candidates { queued, ..candidates };
-        scratch.decide(candidates, rule).map_err(|bad| score_error(bad, candidates.scores, &place))?;
-        if scratch.victims.len() != victims {
+/// Append a head's next victims to its queue, oldest first.
+fn append(head: Head<'_>, rule: &Rule<'_>, due: usize, queue: &mut [i32], Ring { start, len }: Ring) -> Result<()> {
+    let slots = queue.len();
+    SCRATCH.with_borrow_mut(|(scratch, positions)| {
+        positions.clear();
+        positions.extend_from_slice(head.positions);
+        for i in 0..len {
+            positions[queue[wrap(start + i, slots)] as usize] = -1;
+        }
+        scratch.decide(&Head { positions, ..head }, rule).map_err(|bad| score_error(head.place, bad))?;
+        let victims = scratch.dropped(positions);
+        if victims.len() != due {
+            let n = victims.len();
             fail!(
                 Cache,
-                "{} offers {} victims where {victims} are due: positions were changed from outside",
-                place(),
-                scratch.victims.len()
+                "{} offers {n} victims where {due} are due: positions were changed from outside",
+                at(head.place)
             );
         }
-        for (i, &slot) in scratch.oldest_first(stored).iter().enumerate() {
-            ring[wrap(start + len + i, slots)] = slot;
+        for (i, &slot) in victims.iter().enumerate() {
+            queue[wrap(start + len + i, slots)] = slot as i32;
         }
         Ok(())
     })

@@ -1,137 +1,196 @@
 //! Calls that bring a row two tokens or more: which of the stored and the new ones stay.
 
-use std::sync::Mutex;
-
-use super::{Call, ChunkScores, Ledger, SCRATCH, Shape, Slots, WORTH_THREADS, first, note, score_error};
-use crate::average::Average;
-use crate::decide::{Candidates, Rule, Scores};
-use crate::error::{Error, Result, fail};
-use crate::spec::Spec;
+use super::{Call, Failure, Ledger, Place, SCRATCH, Shape, Slots, WORTH_THREADS, at, needed, score_error};
+use crate::decide::Rule;
+use crate::error::{Result, fail};
+use crate::head::{Head, Scores};
 use crate::threads;
 use crate::view::{View, ViewMut};
-use crate::worth;
+
+/// What is known about a layer's stored tokens and its chunk, `[rows of the call, kv_heads, slots + columns]`, stored tokens first.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ChunkScores<'a> {
+    /// Attention mass and peak attention, up to date.
+    pub scores: Option<(View<'a, f32, 3>, View<'a, f32, 3>)>,
+    /// How far each key points from the mean of all candidates' keys; needed where the tokens do not all fit.
+    pub distinct: Option<View<'a, f32, 3>>,
+}
+
+/// What a layer's chunk comes to, before it is written.
+struct Plan {
+    /// The column that goes into each slot, or -1, `[rows of the call, kv_heads, slots]`.
+    source: Vec<i32>,
+    /// Positions of the columns, -1 for padding, `[rows of the call, columns]`.
+    columns: Vec<i32>,
+}
 
 impl Ledger {
     /// Decide which tokens of a layer and its chunk stay, for the rows with two new tokens or more.
     ///
-    /// `columns` (`[batch, n]`) is the rank of each new column among its row's new tokens, -1 for padding; `scores` are up to
-    /// date. `source` (`[batch, heads, slots]`) becomes the column whose keys and values go into each slot, or -1.
+    /// `ranks` (`[rows of the call, columns]`) numbers each row's new tokens from 0, -1 for padding. `source` (`[rows of the call, kv_heads,
+    /// slots]`) becomes the column whose keys and values go into each slot, or -1.
     pub fn chunk(
         &mut self,
         slots: &mut Slots<'_>,
         layer: usize,
-        columns: View<'_, i32, 2>,
-        scores: Option<ChunkScores<'_>>,
+        ranks: View<'_, i32, 2>,
+        known: ChunkScores<'_>,
         source: &mut ViewMut<'_, i32, 3>,
     ) -> Result<()> {
         self.check_slots(slots)?;
-        let Shape { layers, batch, heads, slots: per_lane } = self.shape;
-        let threads = self.chunk_threads(columns.shape()[1]);
-        let Some(call) = &mut self.call else { fail!(Cache, "chunk must come between begin and finish") };
+        let Shape { layers, kv_heads, slots: per_head, .. } = self.shape;
+        let Some(call) = &self.call else { fail!(Cache, "chunk must come between begin and finish") };
         if layer >= layers {
             fail!(Config, "layer must be from 0 to {}, got {layer}", layers - 1);
         }
         if call.decided[layer] {
             fail!(Cache, "the chunk of layer {layer} was already decided in this call");
         }
-        let n = columns.shape()[1];
-        columns.expect("columns", [batch, n])?;
-        source.expect("source", [batch, heads, per_lane])?;
-        if let Some(ChunkScores { mass, peak }) = scores {
-            mass.expect("mass", [batch, heads, per_lane + n])?;
-            peak.expect("peak", [batch, heads, per_lane + n])?;
-        } else if self.spec.strategy().scored() {
-            fail!(Tensor, "{} needs mass and peak, got None", self.spec.strategy().name());
+        let (rows, n) = (call.rows.len(), ranks.shape()[1]);
+        let wide = [rows, kv_heads, per_head + n];
+        ranks.expect("columns", [rows, n])?;
+        source.expect("source", [rows, kv_heads, per_head])?;
+        if let Some((mass, peak)) = known.scores {
+            mass.expect("mass", wide)?;
+            peak.expect("peak", wide)?;
+        } else if self.spec.strategy().scored {
+            fail!(Tensor, "{} needs mass and peak, got None", self.spec.strategy().name);
         }
-        for (b, row) in columns.data().chunks_exact(n.max(1)).enumerate() {
-            check_ranks(b, row, call.lengths[b])?;
+        let distinct = needed(&self.spec, known.distinct, wide)?;
+        for (i, row) in ranks.data().chunks_exact(n.max(1)).enumerate() {
+            check_ranks(i, row, call.lengths[i])?;
         }
         if n == 0 && call.lengths.iter().any(|&n| n > 0) {
             fail!(Tensor, "columns must have one column per new token, got none");
         }
 
-        // Decided lane by lane into `plan`, written only when every lane succeeded.
-        // Zeros come untouched from the system, and each thread fills its own.
-        let mut plan = vec![0i32; batch * heads * per_lane];
-        let failure = Mutex::new(None::<(usize, Error)>);
-        let lane_of = |i: usize| layer * batch * heads + i;
-        let chunk_lanes = plan.chunks_exact_mut(per_lane).enumerate().filter(|(i, _)| call.lengths[i / heads] > 1);
-        let stored_positions = &*slots.positions;
-        let with_scores = self.spec.strategy().scored();
-        let mut new_positions = columns.data().to_vec();
-        for (b, row) in new_positions.chunks_exact_mut(n.max(1)).enumerate() {
-            let before = (self.seen[b] - call.lengths[b]) as i32;
+        let plan = self.plan(slots, layer, ranks, known, distinct)?;
+        self.keep(slots, layer, &plan, known, source);
+        if let Some(call) = &mut self.call {
+            call.decided[layer] = true;
+        }
+        Ok(())
+    }
+
+    /// Decide head by head; nothing is written before every head succeeded.
+    fn plan(
+        &self,
+        slots: &Slots<'_>,
+        layer: usize,
+        ranks: View<'_, i32, 2>,
+        known: ChunkScores<'_>,
+        distinct: Option<&[f32]>,
+    ) -> Result<Plan> {
+        let Some(Call { rows, lengths, .. }) = &self.call else { fail!(Cache, "chunk must come after begin") };
+        let Shape { kv_heads, slots: per_head, .. } = self.shape;
+        let n = ranks.shape()[1];
+        let mut columns = ranks.data().to_vec();
+        for (i, row) in columns.chunks_exact_mut(n.max(1)).enumerate() {
+            let before = (self.seen[rows[i]] - lengths[i]) as i32;
             for rank in row {
                 *rank = if *rank < 0 { -1 } else { before + *rank };
             }
         }
-        threads::for_each(threads, chunk_lanes, |(i, plan)| {
-            plan.fill(-1);
-            let (b, len) = (i / heads, call.lengths[i / heads]);
-            let wide = i * (per_lane + n)..(i + 1) * (per_lane + n);
-            let lane = Lane {
-                at: worth::Lane { layer, head: i % heads },
-                candidates: Candidates {
-                    stored: &stored_positions[lane_of(i) * per_lane..][..per_lane],
-                    queued: [&[], &[]],
-                    columns: &new_positions[b * n..][..n],
-                    seen: self.seen[b] as i32,
-                    scores: scores.filter(|_| with_scores).map(|scores| Scores {
-                        mass: &scores.mass.data()[wide.clone()],
-                        peak: &scores.peak.data()[wide],
-                    }),
-                },
-                seen_before: self.seen[b] - len,
-                len,
+        let scores = known.scores.filter(|_| self.spec.strategy().scored);
+        // Zeros come untouched from the system, and each thread fills its own.
+        let mut source = vec![0; rows.len() * kv_heads * per_head];
+        let failure = Failure::default();
+        let heads = source.chunks_exact_mut(per_head).enumerate().filter(|(i, _)| lengths[i / kv_heads] > 1);
+        threads::for_each(self.chunk_threads(rows.len(), n), heads, |(i, source)| {
+            let row = i / kv_heads;
+            let wide = i * (per_head + n)..(i + 1) * (per_head + n);
+            let place = Place { layer, row: rows[row], kv_head: i % kv_heads };
+            let stored = &slots.positions[self.shape.of(self.shape.head(place))];
+            let scores = Scores {
+                mass: scores.map_or(&[], |(mass, _)| &mass.data()[wide.clone()]),
+                peak: scores.map_or(&[], |(_, peak)| &peak.data()[wide.clone()]),
+                distinct: distinct.map_or(&[], |distinct| &distinct[wide]),
             };
-            let place = || format!("layer {layer}, row {b}, head {}", i % heads);
-            if let Err(error) = lane.decide(&self.spec, self.average.as_ref(), plan, place) {
-                note(&failure, i, error);
-            }
+            let head = Head { place, positions: stored, seen: self.seen[rows[row]], scores };
+            failure.note(i, self.fill(head, lengths[row], &columns[row * n..][..n], source));
         });
-        first(failure)?;
-
-        call.decided[layer] = true;
-        self.keep(slots, layer, &plan, &new_positions, scores, source);
-        Ok(())
+        failure.first()?;
+        Ok(Plan { source, columns })
     }
 
-    /// Write what was decided: the chunk's `plan` (`[batch, heads, slots]`) and the positions (`[batch, n]`) of its columns.
+    /// Fill `source` with the column that goes into each slot of a head, which shows its slots only.
+    fn fill(&self, head: Head<'_>, len: usize, columns: &[i32], source: &mut [i32]) -> Result<()> {
+        let Head { place, positions: stored, seen, .. } = head;
+        let count = stored.iter().filter(|&&p| p >= 0).count();
+        let due = self.stored(seen - len);
+        if count != due {
+            let place = at(place);
+            fail!(Cache, "{place} stores {count} tokens where {due} are due: positions were changed from outside");
+        }
+        SCRATCH.with_borrow_mut(|(scratch, positions)| {
+            positions.clear();
+            positions.extend_from_slice(stored);
+            positions.extend_from_slice(columns);
+            let head = Head { positions, ..head };
+            if count + len > stored.len() {
+                if self.spec.distinct() && head.scores.distinct.is_empty() {
+                    fail!(Tensor, "{} needs distinct, got None", self.spec.strategy().name);
+                }
+                let heavy = self.spec.heavy(self.average.as_ref());
+                let split = self.spec.split(stored.len());
+                let rule = Rule { split, adaptive: self.spec.adaptive(), heavy: &*heavy };
+                scratch.decide(&head, &rule).map_err(|bad| score_error(place, bad))?;
+            } else {
+                head.check().map_err(|bad| score_error(place, bad))?;
+                scratch.open.clear();
+                scratch.open.resize(positions.len(), 0);
+            }
+            // The oldest of the columns that stay goes into the first slot that is free.
+            let (of_slots, of_columns) = scratch.open.split_at(stored.len());
+            let mut staying = (0..columns.len()).filter(|&column| columns[column] >= 0 && of_columns[column] == 0);
+            source.fill(-1);
+            for ((source, &position), &dropped) in source.iter_mut().zip(stored).zip(of_slots) {
+                if position < 0 || dropped > 0 {
+                    let Some(column) = staying.next() else { break };
+                    *source = column as i32;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Write what was decided.
     fn keep(
         &mut self,
         slots: &mut Slots<'_>,
         layer: usize,
-        plan: &[i32],
-        new_positions: &[i32],
-        scores: Option<ChunkScores<'_>>,
+        plan: &Plan,
+        known: ChunkScores<'_>,
         source: &mut ViewMut<'_, i32, 3>,
     ) {
-        let Shape { batch, heads, slots: per_lane, .. } = self.shape;
-        let Some(Call { lengths, .. }) = &self.call else { return };
-        let n = new_positions.len() / batch;
-        let threads = self.chunk_threads(n);
-        let of_layer = layer * batch * heads * per_lane..(layer + 1) * batch * heads * per_lane;
+        let Some(Call { rows, lengths, .. }) = &self.call else { return };
+        let Shape { kv_heads, slots: per_head, .. } = self.shape;
+        let n = plan.columns.len() / rows.len().max(1);
+        let threads = self.chunk_threads(rows.len(), n);
+        // Of each of the ledger's rows the row of the call.
+        let mut of_call = vec![None; self.shape.rows];
+        for (i, &row) in rows.iter().enumerate() {
+            of_call[row] = (lengths[i] > 1).then_some(i);
+        }
+        let of_layer =
+            layer * self.shape.rows * kv_heads * per_head..(layer + 1) * self.shape.rows * kv_heads * per_head;
         let mut targets: Vec<Option<[&mut [f32]; 2]>> = match &mut slots.scores {
             Some((mass, peak)) => {
-                let peaks = peak[of_layer.clone()].chunks_exact_mut(per_lane);
-                mass[of_layer.clone()].chunks_exact_mut(per_lane).zip(peaks).map(|(m, p)| Some([m, p])).collect()
+                let peaks = peak[of_layer.clone()].chunks_exact_mut(per_head);
+                mass[of_layer.clone()].chunks_exact_mut(per_head).zip(peaks).map(|(m, p)| Some([m, p])).collect()
             }
-            None => (0..batch * heads).map(|_| None).collect(),
+            None => (0..self.shape.rows * kv_heads).map(|_| None).collect(),
         };
-        let lanes = (plan.chunks_exact(per_lane).zip(source.data().chunks_exact_mut(per_lane)))
-            .zip(slots.positions[of_layer.clone()].chunks_exact_mut(per_lane))
-            .zip(self.queues[of_layer].chunks_exact_mut(per_lane))
+        let heads = (slots.positions[of_layer.clone()].chunks_exact_mut(per_head))
+            .zip(self.queues[of_layer].chunks_exact_mut(per_head))
             .zip(&mut targets)
-            .enumerate();
-        threads::for_each(threads, lanes, |(i, ((((plan, source), positions), queue), targets))| {
-            let b = i / heads;
-            if lengths[b] < 2 {
-                return source.fill(-1);
-            }
-            source.copy_from_slice(plan);
-            let columns = &new_positions[b * n..][..n];
+            .enumerate()
+            .filter_map(|(i, head)| of_call[i / kv_heads].map(|row| (row, row * kv_heads + i % kv_heads, head)));
+        threads::for_each(threads, heads, |(row, i, ((positions, queue), targets))| {
+            let source = &plan.source[i * per_head..][..per_head];
+            let columns = &plan.columns[row * n..][..n];
             let mut empty = 0;
-            for (slot, (position, &column)) in positions.iter_mut().zip(plan).enumerate() {
+            for (slot, (position, &column)) in positions.iter_mut().zip(source).enumerate() {
                 if column >= 0 {
                     *position = columns[column as usize];
                 } else if *position < 0 {
@@ -139,104 +198,57 @@ impl Ledger {
                     empty += 1;
                 }
             }
-            if let (Some(targets), Some(scores)) = (targets, scores) {
-                for (to, from) in targets.iter_mut().zip([scores.mass, scores.peak]) {
-                    let (stored, new) = from.data()[i * (per_lane + n)..][..per_lane + n].split_at(per_lane);
+            if let (Some(targets), Some((mass, peak))) = (targets, known.scores) {
+                for (to, from) in targets.iter_mut().zip([mass, peak]) {
+                    let (stored, new) = from.data()[i * (per_head + n)..][..per_head + n].split_at(per_head);
                     for ((to, &from), &position) in to.iter_mut().zip(stored).zip(&*positions) {
                         *to = if position < 0 { 0.0 } else { from };
                     }
-                    for (to, &column) in to.iter_mut().zip(plan).filter(|(_, column)| **column >= 0) {
+                    for (to, &column) in to.iter_mut().zip(source).filter(|(_, column)| **column >= 0) {
                         *to = new[column as usize];
                     }
                 }
             }
         });
-        for (b, &len) in lengths.iter().enumerate().filter(|(_, len)| **len > 1) {
-            let before = (self.seen[b] - len).min(per_lane);
-            self.evictions += (heads * (before + len).saturating_sub(per_lane)) as u64;
+        let heads = source.data().chunks_exact_mut(per_head).zip(plan.source.chunks_exact(per_head)).enumerate();
+        threads::for_each(threads, heads, |(i, (to, from))| {
+            if lengths[i / kv_heads] > 1 { to.copy_from_slice(from) } else { to.fill(-1) }
+        });
+        for (&row, &len) in rows.iter().zip(lengths).filter(|(_, len)| **len > 1) {
+            let dropped = self.stored(self.seen[row] - len) + len - self.stored(self.seen[row]);
+            self.evictions += (dropped * kv_heads) as u64;
         }
     }
 
     /// Threads that a layer of a chunk of `n` columns is worth.
-    fn chunk_threads(&self, n: usize) -> usize {
-        let Shape { batch, heads, slots, .. } = self.shape;
-        if (slots + n) * batch * heads < WORTH_THREADS { 1 } else { self.threads }
+    fn chunk_threads(&self, rows: usize, n: usize) -> usize {
+        if (self.shape.slots + n) * rows * self.shape.kv_heads < WORTH_THREADS { 1 } else { self.threads }
     }
 }
 
-fn check_ranks(b: usize, columns: &[i32], len: usize) -> Result<()> {
+fn check_ranks(row: usize, ranks: &[i32], len: usize) -> Result<()> {
     // As a rule padding comes first or last, which is seen at a glance.
-    let first = columns.iter().position(|&rank| rank >= 0).unwrap_or(0);
-    if let Some((numbered, behind)) = columns[first..].split_at_checked(len) {
+    let first = ranks.iter().position(|&rank| rank >= 0).unwrap_or(0);
+    if let Some((numbered, behind)) = ranks[first..].split_at_checked(len) {
         let wrong = (numbered.iter().zip(0..)).fold(0, |wrong, (&rank, due)| wrong | (rank ^ due));
-        let not_padding = columns[..first].iter().chain(behind).fold(0, |wrong, &rank| wrong | !rank);
+        let not_padding = ranks[..first].iter().chain(behind).fold(0, |wrong, &rank| wrong | !rank);
         if wrong | not_padding == 0 {
             return Ok(());
         }
     }
     let mut next = 0;
-    for &rank in columns {
+    for &rank in ranks {
         match usize::try_from(rank) {
             Ok(rank) if rank == next => next += 1,
             Ok(_) => {
-                fail!(Tensor, "columns of row {b} must count its new tokens from 0; after {next} of them came {rank}")
+                fail!(Tensor, "columns of row {row} must count its new tokens from 0; after {next} of them came {rank}")
             }
             Err(_) if rank == -1 => {}
-            Err(_) => fail!(Tensor, "columns of row {b} must be ranks, or -1 for padding, got {rank}"),
+            Err(_) => fail!(Tensor, "columns of row {row} must be ranks, or -1 for padding, got {rank}"),
         }
     }
     if next != len {
-        fail!(Tensor, "columns of row {b} must number its {len} new tokens, got {next}");
+        fail!(Tensor, "columns of row {row} must number its {len} new tokens, got {next}");
     }
     Ok(())
-}
-
-/// One (layer, row, head) of a chunk.
-struct Lane<'a> {
-    at: worth::Lane,
-    candidates: Candidates<'a>,
-    seen_before: usize,
-    len: usize,
-}
-
-impl Lane<'_> {
-    /// Fill `plan` with the column that goes into each slot.
-    fn decide(
-        &self,
-        spec: &Spec,
-        average: Option<&Average>,
-        plan: &mut [i32],
-        place: impl Fn() -> String,
-    ) -> Result<()> {
-        let Candidates { stored: positions, columns, scores, .. } = self.candidates;
-        let slots = positions.len();
-        let stored = positions.iter().filter(|&&p| p >= 0).count();
-        if stored != self.seen_before.min(slots) {
-            fail!(
-                Cache,
-                "{} stores {stored} tokens where {} are due: positions were changed from outside",
-                place(),
-                self.seen_before.min(slots)
-            );
-        }
-        SCRATCH.with_borrow_mut(|scratch| {
-            let judged = if stored + self.len > slots {
-                let rule =
-                    Rule { split: spec.split(slots), sinks: spec.sinks(), average, worth: spec.worth(), lane: self.at };
-                scratch.decide(self.candidates, rule)
-            } else {
-                scratch.victims.clear();
-                scratch.kept.clear();
-                scratch.kept.extend((0..columns.len() as i32).filter(|&column| columns[column as usize] >= 0));
-                self.candidates.find_bad().map_or(Ok(()), Err)
-            };
-            judged.map_err(|bad| score_error(bad, scores, &place))?;
-            let mut dropped = scratch.victims.iter().map(|&slot| slot as usize).peekable();
-            let free = (0..slots).filter(|&slot| positions[slot] < 0 || dropped.next_if_eq(&slot).is_some());
-            for (slot, &column) in free.zip(&scratch.kept) {
-                plan[slot] = column;
-            }
-            Ok(())
-        })
-    }
 }

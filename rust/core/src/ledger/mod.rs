@@ -5,22 +5,27 @@
 
 mod call;
 mod chunk;
-mod restore;
+mod rows;
+
+pub use chunk::ChunkScores;
 
 use std::cell::RefCell;
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
-use crate::average::Average;
-use crate::decide::{BadScore, Scores, Scratch};
+use crate::decide::Scratch;
 use crate::error::{Error, Result, fail};
+use crate::head::{BadScore, Place};
+use crate::score::Average;
 use crate::spec::Spec;
+use crate::split::MOST_TOKENS;
 use crate::view::{View, ViewMut};
 
 /// Slots to decide about below which helpers cost more than they bring.
 const WORTH_THREADS: usize = 1 << 16;
 
 thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
+    /// What decisions need again and again, and the positions of the candidates.
+    static SCRATCH: RefCell<(Scratch, Vec<i32>)> = RefCell::default();
 }
 
 /// Extents of the slot tensors.
@@ -29,10 +34,10 @@ pub struct Shape {
     /// Attention layers.
     pub layers: usize,
     /// Batch rows.
-    pub batch: usize,
-    /// Key-value heads.
-    pub heads: usize,
-    /// Slots per layer, row and head.
+    pub rows: usize,
+    /// Key-value heads of a layer.
+    pub kv_heads: usize,
+    /// Slots per head.
     pub slots: usize,
 }
 
@@ -40,15 +45,32 @@ impl Shape {
     /// Sizes of a slot tensor.
     #[must_use]
     pub fn dims(self) -> [usize; 4] {
-        [self.layers, self.batch, self.heads, self.slots]
+        [self.layers, self.rows, self.kv_heads, self.slots]
     }
 
-    fn lanes(self) -> usize {
-        self.layers * self.batch * self.heads
+    /// All heads there are.
+    fn heads(self) -> usize {
+        self.layers * self.rows * self.kv_heads
+    }
+
+    /// The number of a head.
+    fn head(self, Place { layer, row, kv_head }: Place) -> usize {
+        (layer * self.rows + row) * self.kv_heads + kv_head
+    }
+
+    /// Where a head is, by its number.
+    fn place(self, head: usize) -> Place {
+        let (layer, row) = (head / self.kv_heads / self.rows, head / self.kv_heads % self.rows);
+        Place { layer, row, kv_head: head % self.kv_heads }
+    }
+
+    /// The slots of a head in a slot tensor.
+    fn of(self, head: usize) -> std::ops::Range<usize> {
+        head * self.slots..(head + 1) * self.slots
     }
 }
 
-/// The caller's slot tensors, all `[layers, batch, heads, slots]`; empty scores for strategies that need none.
+/// The caller's slot tensors, all `[layers, rows, kv_heads, slots]`; no scores for strategies that need none.
 #[derive(Debug)]
 pub struct Slots<'a> {
     /// Position of the token in each slot, -1 when empty.
@@ -57,27 +79,33 @@ pub struct Slots<'a> {
     pub scores: Option<(&'a mut [f32], &'a mut [f32])>,
 }
 
-/// A chunk's attention mass and peak, `[batch, heads, slots + columns]`, stored slots first.
-#[derive(Debug, Clone, Copy)]
-pub struct ChunkScores<'a> {
-    /// Attention mass.
-    pub mass: View<'a, f32, 3>,
-    /// Peak attention.
-    pub peak: View<'a, f32, 3>,
+impl Slots<'_> {
+    /// Empty a range of slots.
+    fn clear(&mut self, range: std::ops::Range<usize>) {
+        self.positions[range.clone()].fill(-1);
+        if let Some((mass, peak)) = &mut self.scores {
+            mass[range.clone()].fill(0.0);
+            peak[range].fill(0.0);
+        }
+    }
 }
 
 /// The call between `begin` and `finish`.
 #[derive(Debug, Clone)]
 struct Call {
+    /// The ledger's row of each row of the call.
+    rows: Vec<usize>,
+    /// Real tokens that each row of the call brought.
     lengths: Vec<usize>,
-    /// Layers whose chunk was decided; all of them at once when no row has a chunk.
+    /// Layers whose chunk was decided.
     decided: Vec<bool>,
 }
 
-impl Call {
-    fn has_chunk(&self) -> bool {
-        self.lengths.iter().any(|&n| n > 1)
-    }
+/// What is in use of a row's queues, which are rings: all heads of a row advance together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Ring {
+    start: usize,
+    len: usize,
 }
 
 /// Reuse queues and counters.
@@ -86,10 +114,9 @@ pub struct Ledger {
     spec: Spec,
     average: Option<Average>,
     shape: Shape,
-    /// Rings of slots, one of `slots` entries per layer, row and head. All of a row share `start` and `len`.
+    /// Slots in the order in which they are overwritten, as many as there are for each head.
     queues: Vec<i32>,
-    start: Vec<usize>,
-    len: Vec<usize>,
+    rings: Vec<Ring>,
     seen: Vec<usize>,
     evictions: u64,
     call: Option<Call>,
@@ -99,21 +126,27 @@ pub struct Ledger {
 impl Ledger {
     /// A ledger of empty slots. A bounded strategy needs exactly its budget of slots.
     pub fn new(spec: Spec, shape: Shape, threads: usize) -> Result<Self> {
-        check_shape(&spec, shape)?;
-        let mut ledger = Self {
+        if shape.dims().contains(&0) {
+            fail!(Tensor, "layers, batch, heads and slots must be at least 1, got {:?}", shape.dims());
+        }
+        match spec.budget() {
+            Some(budget) if budget != shape.slots => {
+                fail!(Tensor, "a budget of {budget} needs {budget} slots, got {}", shape.slots)
+            }
+            _ if shape.slots > MOST_TOKENS => fail!(Tensor, "there can be {MOST_TOKENS} slots, got {}", shape.slots),
+            _ => {}
+        }
+        Ok(Self {
             average: Average::of(&spec),
             spec,
             shape,
-            queues: vec![0; shape.lanes() * shape.slots],
-            start: vec![0; shape.batch],
-            len: vec![0; shape.batch],
-            seen: vec![0; shape.batch],
+            queues: (0..shape.heads()).flat_map(|_| 0..shape.slots as i32).collect(),
+            rings: vec![Ring { start: 0, len: shape.slots }; shape.rows],
+            seen: vec![0; shape.rows],
             evictions: 0,
             call: None,
             threads,
-        };
-        ledger.clear();
-        Ok(ledger)
+        })
     }
 
     /// The strategy.
@@ -136,11 +169,11 @@ impl Ledger {
 
     /// Length of each row's queues.
     #[must_use]
-    pub fn queue_lengths(&self) -> &[usize] {
-        &self.len
+    pub fn queue_lengths(&self) -> Vec<usize> {
+        self.rings.iter().map(|ring| ring.len).collect()
     }
 
-    /// Tokens evicted so far: overwritten victims and tokens dropped by chunks, summed over layers, rows and heads.
+    /// Tokens evicted so far: overwritten victims and tokens dropped by chunks, summed over all heads.
     #[must_use]
     pub fn evictions(&self) -> u64 {
         self.evictions
@@ -152,39 +185,43 @@ impl Ledger {
         size_of_val(&*self.queues)
     }
 
-    fn clear(&mut self) {
-        for queue in self.queues.chunks_exact_mut(self.shape.slots) {
-            for (i, entry) in queue.iter_mut().enumerate() {
-                *entry = i as i32;
-            }
+    /// Copy queue entries `skip[row]` and following into `out` (`[layers, rows, kv_heads, n]`), -1 beyond the end.
+    pub fn peek(&self, skip: &[i64], out: &mut ViewMut<'_, i32, 4>) -> Result<()> {
+        self.idle("peek")?;
+        let Shape { layers, rows, kv_heads, .. } = self.shape;
+        let n = out.shape()[3];
+        out.expect("out", [layers, rows, kv_heads, n])?;
+        if skip.len() != rows {
+            fail!(Tensor, "skip must have one entry per row, {rows}, got {}", skip.len());
         }
-        self.start.fill(0);
-        self.len.fill(self.shape.slots);
-        self.seen.fill(0);
-        self.evictions = 0;
-        self.call = None;
-    }
-
-    /// Forget everything: positions -1, scores 0, queues full, counters 0.
-    pub fn reset(&mut self, slots: &mut Slots<'_>) -> Result<()> {
-        self.check_slots(slots)?;
-        slots.positions.fill(-1);
-        if let Some((mass, peak)) = &mut slots.scores {
-            mass.fill(0.0);
-            peak.fill(0.0);
+        if let Some(bad) = skip.iter().find(|&&s| s < 0) {
+            fail!(Config, "skip must not be negative, got {bad}");
         }
-        self.clear();
+        if n == 0 {
+            return Ok(());
+        }
+        for (head, out) in out.data().chunks_exact_mut(n).enumerate() {
+            let skip = usize::try_from(skip[self.shape.place(head).row]).unwrap_or(usize::MAX);
+            let mut queue = self.queue(head).skip(skip);
+            out.fill_with(|| queue.next().unwrap_or(-1));
+        }
         Ok(())
     }
 
+    /// Copy all queues into `out` (`[layers, rows, kv_heads, slots]`), padded with -1.
+    pub fn queues(&self, out: &mut ViewMut<'_, i32, 4>) -> Result<()> {
+        out.expect("out", self.shape.dims())?;
+        self.peek(&vec![0; self.shape.rows], out)
+    }
+
     fn check_slots(&self, slots: &Slots<'_>) -> Result<()> {
-        let n = self.shape.lanes() * self.shape.slots;
+        let n = self.shape.heads() * self.shape.slots;
         let scores = slots.scores.as_ref().map_or((n, n), |(mass, peak)| (mass.len(), peak.len()));
         if slots.positions.len() != n || scores != (n, n) {
             fail!(Tensor, "positions, mass and peak must have the shape {:?}", self.shape.dims());
         }
-        if self.spec.strategy().scored() && slots.scores.is_none() {
-            fail!(Tensor, "{} needs mass and peak, got None", self.spec.strategy().name());
+        if self.spec.strategy().scored && slots.scores.is_none() {
+            fail!(Tensor, "{} needs mass and peak, got None", self.spec.strategy().name);
         }
         Ok(())
     }
@@ -196,46 +233,38 @@ impl Ledger {
         Ok(())
     }
 
-    /// The ring of one lane (layer, row and head).
-    fn ring(&self, lane: usize) -> impl ExactSizeIterator<Item = i32> {
-        let b = lane / self.shape.heads % self.shape.batch;
-        let ring = &self.queues[lane * self.shape.slots..][..self.shape.slots];
-        let (start, len) = (self.start[b], self.len[b]);
-        (0..len).map(move |i| ring[wrap(start + i, ring.len())])
+    /// The queue of one head.
+    fn queue(&self, head: usize) -> impl ExactSizeIterator<Item = i32> {
+        let Ring { start, len } = self.rings[self.shape.place(head).row];
+        let entries = &self.queues[self.shape.of(head)];
+        (0..len).map(move |i| entries[wrap(start + i, entries.len())])
     }
 
-    /// Tokens a row stores: all it has seen, or its budget.
-    fn stored(&self, b: usize) -> usize {
-        self.seen[b].min(self.shape.slots)
+    /// Tokens a row stores after so many: all of them, or its budget.
+    fn stored(&self, seen: usize) -> usize {
+        seen.min(self.shape.slots)
     }
 
-    /// Copy queue entries `skip[b]` and following into `out` (`[layers, batch, heads, n]`), -1 beyond the end.
-    pub fn peek(&self, skip: &[i64], out: &mut ViewMut<'_, i32, 4>) -> Result<()> {
-        self.idle("peek")?;
-        let Shape { layers, batch, heads, .. } = self.shape;
-        let n = out.shape()[3];
-        out.expect("out", [layers, batch, heads, n])?;
-        if skip.len() != batch {
-            fail!(Tensor, "skip must have one entry per row, {batch}, got {}", skip.len());
-        }
-        if let Some(bad) = skip.iter().find(|&&s| s < 0) {
-            fail!(Config, "skip must not be negative, got {bad}");
-        }
-        if n == 0 {
-            return Ok(());
-        }
-        for (lane, out) in out.data().chunks_exact_mut(n).enumerate() {
-            let skip = usize::try_from(skip[lane / heads % batch]).unwrap_or(usize::MAX);
-            let mut queue = self.ring(lane).skip(skip);
-            out.fill_with(|| queue.next().unwrap_or(-1));
-        }
-        Ok(())
+    /// The ledger's rows that `rows` names, all of them if it does not; none twice.
+    fn chosen_rows(&self, rows: Option<&[i64]>) -> Result<Vec<usize>> {
+        let Some(rows) = rows else { return Ok((0..self.shape.rows).collect()) };
+        let mut free = vec![true; self.shape.rows];
+        rows.iter()
+            .map(|&value| {
+                let row = self.row("rows", value)?;
+                if !std::mem::take(&mut free[row]) {
+                    fail!(Config, "rows must name a row once, got {row} twice");
+                }
+                Ok(row)
+            })
+            .collect()
     }
 
-    /// Copy all queues into `out` (`[layers, batch, heads, slots]`), padded with -1.
-    pub fn queues(&self, out: &mut ViewMut<'_, i32, 4>) -> Result<()> {
-        out.expect("out", self.shape.dims())?;
-        self.peek(&vec![0; self.shape.batch], out)
+    fn row(&self, name: &str, value: i64) -> Result<usize> {
+        match usize::try_from(value) {
+            Ok(row) if row < self.shape.rows => Ok(row),
+            _ => fail!(Config, "{name} must be from 0 to {}, got {value}", self.shape.rows - 1),
+        }
     }
 }
 
@@ -243,44 +272,45 @@ fn wrap(i: usize, len: usize) -> usize {
     if i >= len { i - len } else { i }
 }
 
-fn check_shape(spec: &Spec, shape: Shape) -> Result<()> {
-    if shape.dims().contains(&0) {
-        fail!(Tensor, "layers, batch, heads and slots must be at least 1, got {:?}", shape.dims());
-    }
-    match spec.budget() {
-        Some(budget) if budget != shape.slots => {
-            fail!(Tensor, "a budget of {budget} needs {budget} slots, got {}", shape.slots)
+/// The error of the first head, whichever thread found it.
+#[derive(Default)]
+struct Failure(Mutex<Option<(usize, Error)>>);
+
+impl Failure {
+    fn note(&self, head: usize, outcome: Result<()>) {
+        let Err(error) = outcome else { return };
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.as_ref().is_none_or(|(first, _)| head < *first) {
+            *known = Some((head, error));
         }
-        _ if shape.slots > i32::MAX as usize => fail!(Tensor, "there can be 2147483647 slots, got {}", shape.slots),
-        _ => Ok(()),
+    }
+
+    fn first(self) -> Result<()> {
+        match self.0.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            Some((_, error)) => Err(error),
+            None => Ok(()),
+        }
     }
 }
 
-/// Keep the error of the first lane, whichever thread found it.
-fn note(failure: &Mutex<Option<(usize, Error)>>, lane: usize, error: Error) {
-    let mut slot = failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    if slot.as_ref().is_none_or(|(first, _)| lane < *first) {
-        *slot = Some((lane, error));
-    }
+fn at(Place { layer, row, kv_head }: Place) -> String {
+    format!("layer {layer}, row {row}, head {kv_head}")
 }
 
-fn first(failure: Mutex<Option<(usize, Error)>>) -> Result<()> {
-    match failure.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
-        Some((_, error)) => Err(error),
-        None => Ok(()),
-    }
+fn score_error(place: Place, BadScore { name, index, value }: BadScore) -> Error {
+    let accepted =
+        if name == "distinct" { "distinctness must be finite" } else { "scores must be finite and not negative" };
+    Error::Score(format!("{name} of {}, index {index} is {value}; {accepted}", at(place)))
 }
 
-fn score_error(bad: BadScore, scores: Option<Scores<'_>>, place: &impl Fn() -> String) -> Error {
-    let (name, values) = match (bad.peak, scores) {
-        (true, Some(scores)) => ("peak", scores.peak),
-        (false, Some(scores)) => ("mass", scores.mass),
-        (_, None) => ("score", &[] as &[f32]),
-    };
-    let value = values.get(bad.index).copied().unwrap_or(f32::NAN);
-    Error::Score(format!(
-        "{name} of {}, index {} is {value}; scores must be finite and not negative",
-        place(),
-        bad.index
-    ))
+/// The part of `distinct` that is meant, or none where none is needed.
+fn needed<'a, const D: usize>(
+    spec: &Spec,
+    distinct: Option<View<'a, f32, D>>,
+    shape: [usize; D],
+) -> Result<Option<&'a [f32]>> {
+    if let Some(distinct) = distinct {
+        distinct.expect("distinct", shape)?;
+    }
+    Ok(distinct.filter(|_| spec.distinct()).map(|distinct| distinct.data()))
 }

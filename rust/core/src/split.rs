@@ -1,6 +1,7 @@
 //! How many slots there are and how they are divided.
 
 use crate::error::{Result, fail};
+use crate::params::in_range;
 
 /// A budget must leave this many slots beside the sinks.
 pub const LEAST_BESIDE_SINKS: usize = 4;
@@ -15,26 +16,30 @@ pub struct Split {
     pub sinks: usize,
     /// Latest positions.
     pub recent: usize,
+    /// Keys that point elsewhere than the others'.
+    pub distinct: usize,
     /// Largest peak attention.
     pub peak: usize,
-    /// Largest attention mass.
+    /// Largest attention mass, or what the strategy has in its stead.
     pub mass: usize,
 }
 
-/// Shares of a scored strategy beside the sinks.
+/// Shares of the tokens beside the sinks.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Shares {
     /// Weight of the heavy hitters against `recent`.
     pub heavy: f64,
     /// Weight of the recent window against `heavy`.
     pub recent: f64,
+    /// Part of the heavy hitters chosen by distinctness, 0 to 1.
+    pub distinct: f64,
     /// Part of the heavy hitters chosen by peak attention, 0 to 1.
     pub peak: f64,
 }
 
 impl Shares {
     /// All heavy hitters by mass, but for the newest token, which always stays.
-    pub const HEAVY: Self = Self { heavy: 1.0, recent: 0.0, peak: 0.0 };
+    pub const HEAVY: Self = Self { heavy: 1.0, recent: 0.0, distinct: 0.0, peak: 0.0 };
 }
 
 /// Round half up: neither half to even nor truncation.
@@ -50,18 +55,19 @@ impl Split {
         let sinks = sink_size.min(keep.saturating_sub(1));
         let rest = keep - sinks;
         let Some(shares) = shares else {
-            return Self { sinks, recent: rest, peak: 0, mass: 0 };
+            return Self { sinks, recent: rest, ..Self::default() };
         };
         let recent = half_up(rest as f64 * shares.recent / (shares.heavy + shares.recent)).max(1);
         let heavy = rest - recent;
-        let peak = half_up(heavy as f64 * shares.peak);
-        Self { sinks, recent, peak, mass: heavy - peak }
+        let distinct = half_up(heavy as f64 * shares.distinct);
+        let peak = half_up(heavy as f64 * shares.peak).min(heavy - distinct);
+        Self { sinks, recent, distinct, peak, mass: heavy - distinct - peak }
     }
 
     /// All tokens that stay.
     #[must_use]
     pub fn total(&self) -> usize {
-        self.sinks + self.recent + self.peak + self.mass
+        self.sinks + self.recent + self.distinct + self.peak + self.mass
     }
 }
 
@@ -83,14 +89,6 @@ pub fn from_percent(percent: f64, prompt_tokens: i64, sink_size: i64) -> Result<
     Ok(part.max(sinks + LEAST_BESIDE_SINKS))
 }
 
-/// Check an integer parameter.
-pub(crate) fn in_range(name: &str, value: i64, least: usize) -> Result<usize> {
-    match usize::try_from(value) {
-        Ok(v) if (least..=MOST_TOKENS).contains(&v) => Ok(v),
-        _ => fail!(Config, "{name} must be an integer from {least} to {MOST_TOKENS}, got {value}"),
-    }
-}
-
 /// Tokens between two decisions when none was asked for.
 #[must_use]
 pub fn default_interval(budget: usize, sinks: usize) -> usize {
@@ -107,6 +105,8 @@ pub fn most_interval(budget: usize, sinks: usize) -> usize {
 mod tests {
     use super::*;
 
+    const ORIGINAL: Shares = Shares { heavy: 0.2, recent: 0.3, distinct: 0.0, peak: 0.5 };
+
     #[test]
     fn rounds_half_up() {
         assert_eq!([0.4, 0.5, 1.5, 2.5, 2.499_999].map(half_up), [0, 1, 2, 3, 2]);
@@ -116,7 +116,8 @@ mod tests {
     fn splits_add_up() {
         for keep in 1..400 {
             for sinks in [0, 1, 4, 30] {
-                for shares in [None, Some(Shares { heavy: 0.2, recent: 0.3, peak: 0.5 }), Some(Shares::HEAVY)] {
+                let shares = [None, Some(ORIGINAL), Some(Shares::HEAVY), Some(Shares { distinct: 0.7, ..ORIGINAL })];
+                for shares in shares {
                     let split = Split::of(keep, sinks, shares);
                     assert_eq!(split.total(), keep);
                     assert!(split.recent >= 1 && split.sinks <= sinks);
@@ -126,10 +127,16 @@ mod tests {
     }
 
     #[test]
+    fn the_distinct_come_before_the_peaks() {
+        let shares = Some(Shares { heavy: 1.0, recent: 1.0, distinct: 0.75, peak: 0.5 });
+        assert_eq!(Split::of(20, 0, shares), Split { sinks: 0, recent: 10, distinct: 8, peak: 2, mass: 0 });
+    }
+
+    #[test]
     fn window_is_the_recent_part() {
         for window in 1..600 {
             for (heavy, recent) in [(0.2, 0.3), (0.5, 0.5), (1.0, 0.3), (0.0, 1.0), (0.7, 0.01)] {
-                let shares = Some(Shares { heavy, recent, peak: 0.5 });
+                let shares = Some(Shares { heavy, recent, ..ORIGINAL });
                 let budget = from_window(window, 4, shares);
                 assert_eq!(Split::of(budget, 4, shares).recent, window, "{heavy} {recent}");
             }

@@ -1,13 +1,12 @@
-//! `accumulate` and `select`.
+//! `accumulate`: attention probabilities into mass and peak.
 
 use dlpark::DlpackElement;
 use liquidfusion_core::accumulate::{self as core, Decay, Element, Looks};
-use liquidfusion_core::select as core_select;
 use liquidfusion_core::threads;
 use liquidfusion_core::view::{View, ViewMut};
 use pyo3::prelude::*;
 
-use crate::args::{float, int, ints, optional_int};
+use crate::args::{float, ints, optional_int};
 use crate::error::{config_error, raise, released, tensor_error};
 use crate::tensor::{Access, AnyTensor, Tensor, disjoint, dtype_name};
 
@@ -95,27 +94,4 @@ impl Call {
             core::accumulate(&looks, mass, peak, self.decay, self.threads)
         })
     }
-}
-
-/// Indices of the `k` largest scores of each row, ascending; ties keep the larger index.
-#[pyfunction]
-#[pyo3(signature = (scores, k, out, *, threads=None))]
-pub(crate) fn select(
-    py: Python<'_>,
-    scores: &Bound<'_, PyAny>,
-    k: &Bound<'_, PyAny>,
-    out: &Bound<'_, PyAny>,
-    threads: Option<&Bound<'_, PyAny>>,
-) -> PyResult<()> {
-    let scores = Tensor::<f32, 2>::import("scores", "[rows, n]", scores, Access::Read)?;
-    let mut out = Tensor::<i32, 2>::import("out", "[rows, k]", out, Access::Write)?;
-    let value = int("k", k)?;
-    let k = usize::try_from(value).map_err(|_| config_error(py, format!("k must be at least 1, got {value}")))?;
-    let threads = threads::resolve(optional_int("threads", threads)?).map_err(|error| raise(py, error))?;
-    disjoint(py, &[("scores", scores.span()), ("out", out.span())])?;
-    released(py, || {
-        let shape = out.shape();
-        let scores = View::new("scores", scores.slice(), scores.shape())?;
-        core_select::select(scores, k, ViewMut::new("out", out.slice_mut(), shape)?, threads)
-    })
 }

@@ -1,0 +1,204 @@
+//! Rows as a whole: emptied, copied, put in another order, taken over from elsewhere, or given more slots.
+
+use super::{Ledger, Place, Ring, Shape, Slots, at};
+use crate::error::{Result, fail};
+use crate::split::MOST_TOKENS;
+use crate::view::View;
+
+impl Ledger {
+    /// Forget everything: positions -1, scores 0, queues full, counters 0. Also ends a call that was begun.
+    pub fn reset(&mut self, slots: &mut Slots<'_>) -> Result<()> {
+        self.check_slots(slots)?;
+        self.call = None;
+        (0..self.shape.rows).for_each(|row| self.clear(slots, row));
+        self.evictions = 0;
+        Ok(())
+    }
+
+    /// Forget one row: positions -1, scores 0, queues full, no token seen.
+    pub fn release(&mut self, slots: &mut Slots<'_>, row: i64) -> Result<()> {
+        self.idle("release")?;
+        self.check_slots(slots)?;
+        let row = self.row("row", row)?;
+        self.clear(slots, row);
+        Ok(())
+    }
+
+    fn clear(&mut self, slots: &mut Slots<'_>, row: usize) {
+        for head in self.heads_of(row) {
+            let here = self.shape.of(head);
+            for (slot, entry) in self.queues[here.clone()].iter_mut().enumerate() {
+                *entry = slot as i32;
+            }
+            slots.clear(here);
+        }
+        self.rings[row] = Ring { start: 0, len: self.shape.slots };
+        self.seen[row] = 0;
+    }
+
+    /// The heads of a row, by number.
+    fn heads_of(&self, row: usize) -> impl Iterator<Item = usize> + use<> {
+        let shape = self.shape;
+        let layers = 0..shape.layers;
+        layers.flat_map(move |layer| (0..shape.kv_heads).map(move |kv_head| shape.head(Place { layer, row, kv_head })))
+    }
+
+    /// Make row `target` a copy of row `source`: positions, scores, queues and what it has seen.
+    pub fn copy_row(&mut self, slots: &mut Slots<'_>, source: i64, target: i64) -> Result<()> {
+        self.idle("copy_row")?;
+        self.check_slots(slots)?;
+        let (source, target) = (self.row("source", source)?, self.row("target", target)?);
+        for (from, to) in self.heads_of(source).zip(self.heads_of(target)) {
+            let (from, to) = (self.shape.of(from), self.shape.of(to).start);
+            self.queues.copy_within(from.clone(), to);
+            slots.positions.copy_within(from.clone(), to);
+            if let Some((mass, peak)) = &mut slots.scores {
+                mass.copy_within(from.clone(), to);
+                peak.copy_within(from, to);
+            }
+        }
+        self.rings[target] = self.rings[source];
+        self.seen[target] = self.seen[source];
+        Ok(())
+    }
+
+    /// Row `i` takes the queues of row `rows[i]` and what it has seen; the caller does the same with its tensors.
+    pub fn reorder(&mut self, rows: &[i64]) -> Result<()> {
+        self.idle("reorder")?;
+        if rows.len() != self.shape.rows {
+            fail!(Tensor, "rows must have one entry per row, {}, got {}", self.shape.rows, rows.len());
+        }
+        let from = rows.iter().map(|&row| self.row("rows", row)).collect::<Result<Vec<_>>>()?;
+        if from.iter().enumerate().all(|(to, &from)| to == from) {
+            return Ok(());
+        }
+        let of_layer = self.shape.rows * self.shape.kv_heads;
+        let of_row = self.shape.kv_heads * self.shape.slots;
+        // Layer by layer, so that no second copy of everything is needed.
+        let mut old = Vec::new();
+        for layer in self.queues.chunks_exact_mut(of_layer * self.shape.slots) {
+            old.clear();
+            old.extend_from_slice(layer);
+            for (to, &from) in layer.chunks_exact_mut(of_row).zip(&from) {
+                to.copy_from_slice(&old[from * of_row..][..of_row]);
+            }
+        }
+        self.rings = from.iter().map(|&row| self.rings[row]).collect();
+        self.seen = from.iter().map(|&row| self.seen[row]).collect();
+        Ok(())
+    }
+
+    /// Take over saved queues (`[layers, rows, kv_heads, slots]`) and counters of some `rows` (`None`: all); their `positions` already hold
+    /// what was saved.
+    pub fn restore(
+        &mut self,
+        positions: &[i32],
+        queues: View<'_, i32, 4>,
+        seen: &[i64],
+        rows: Option<&[i64]>,
+    ) -> Result<()> {
+        self.idle("restore")?;
+        let Shape { layers, kv_heads, slots, .. } = self.shape;
+        let rows = self.chosen_rows(rows)?;
+        queues.expect("queues", [layers, rows.len(), kv_heads, slots])?;
+        if seen.len() != rows.len() {
+            fail!(Tensor, "seen must have one entry per row, {}, got {}", rows.len(), seen.len());
+        }
+        let bounded = self.spec.strategy().bounded;
+        let mut counts = Vec::with_capacity(rows.len());
+        for (i, &value) in seen.iter().enumerate() {
+            match usize::try_from(value) {
+                Ok(n) if n <= if bounded { MOST_TOKENS } else { slots } => counts.push(n),
+                _ => fail!(Cache, "seen[{i}] cannot be {value}"),
+            }
+        }
+        let head_of = |i: usize| {
+            let (layer, row) = (i / kv_heads / rows.len(), rows[i / kv_heads % rows.len()]);
+            Place { layer, row, kv_head: i % kv_heads }
+        };
+        let mut lens = vec![None; rows.len()];
+        for (i, queue) in queues.data().chunks_exact(slots).enumerate() {
+            let (place, row) = (head_of(i), i / kv_heads % rows.len());
+            let stored = &positions[self.shape.of(self.shape.head(place))];
+            let refuse = |why: String| -> Result<()> { fail!(Cache, "{}: {why}", at(place)) };
+            match check_head(queue, stored, counts[row]) {
+                Err(why) => refuse(why)?,
+                Ok(n) if *lens[row].get_or_insert(n) != n => {
+                    refuse(format!("{n} slots are queued, other heads of the row have {}", lens[row].unwrap_or(n)))?;
+                }
+                Ok(n) if bounded && n <= self.spec.interval() => {
+                    refuse(format!("{n} slots are queued, more than {} are needed", self.spec.interval()))?;
+                }
+                Ok(_) => {}
+            }
+        }
+        for (i, queue) in queues.data().chunks_exact(slots).enumerate() {
+            let here = self.shape.of(self.shape.head(head_of(i)));
+            self.queues[here].copy_from_slice(queue);
+        }
+        for ((&row, len), count) in rows.iter().zip(lens).zip(counts) {
+            self.rings[row] = Ring { start: 0, len: len.unwrap_or(slots) };
+            self.seen[row] = count;
+        }
+        Ok(())
+    }
+
+    /// Go on with more slots per head; the new ones join the end of every queue. Only for unbounded strategies.
+    pub fn grow(&mut self, shape: Shape) -> Result<()> {
+        self.idle("grow")?;
+        if self.spec.strategy().bounded {
+            fail!(Cache, "{} is bounded by its budget and cannot grow", self.spec.strategy().name);
+        }
+        let (old, new) = (self.shape.slots, shape.slots);
+        if (Shape { slots: old, ..shape }) != self.shape || new < old || new > MOST_TOKENS {
+            let (own, got) = (self.shape.dims(), shape.dims());
+            fail!(Tensor, "grow needs the shape {own:?} with at least as many slots, got {got:?}");
+        }
+        let mut queues = vec![0; shape.heads() * new];
+        for (head, queue) in queues.chunks_exact_mut(new).enumerate() {
+            for (to, entry) in queue.iter_mut().zip(self.queue(head).chain(old as i32..new as i32)) {
+                *to = entry;
+            }
+        }
+        self.queues = queues;
+        for ring in &mut self.rings {
+            *ring = Ring { start: 0, len: ring.len + new - old };
+        }
+        self.shape = shape;
+        Ok(())
+    }
+}
+
+/// Check one saved queue against its positions and return its length.
+fn check_head(queue: &[i32], positions: &[i32], seen: usize) -> std::result::Result<usize, String> {
+    let slots = queue.len();
+    let len = queue.iter().position(|&s| s < 0).unwrap_or(slots);
+    if let Some(entry) = queue[len..].iter().find(|&&s| s != -1) {
+        return Err(format!("behind the end of the queue must be -1, got {entry}"));
+    }
+    let mut queued = vec![false; slots];
+    for &slot in &queue[..len] {
+        match queued.get_mut(slot as usize) {
+            Some(q) if !*q => *q = true,
+            Some(_) => return Err(format!("slot {slot} is queued twice")),
+            None => return Err(format!("slot {slot} is queued, there are {slots}")),
+        }
+    }
+    let mut stored: Vec<i32> = Vec::with_capacity(slots);
+    for (slot, &position) in positions.iter().enumerate() {
+        match position {
+            -1 if queued[slot] => {}
+            -1 => return Err(format!("the empty slot {slot} is not queued")),
+            p if p >= 0 && (p as usize) < seen => stored.push(p),
+            p => return Err(format!("slot {slot} holds position {p}, {seen} tokens were seen")),
+        }
+    }
+    stored.sort_unstable();
+    if let Some(&[twice, _]) = stored.windows(2).find(|pair| pair[0] == pair[1]) {
+        return Err(format!("position {twice} is stored twice"));
+    }
+    if stored.len() != seen.min(slots) {
+        return Err(format!("{} tokens are stored where {} are due", stored.len(), seen.min(slots)));
+    }
+    Ok(len)
+}
