@@ -7,12 +7,14 @@
 //! - [`spec`]: a strategy with validated parameters; [`budget`]: how a budget is divided; [`sinks`]: what a sink is;
 //!   [`worth`]: what heavy hitters are chosen by;
 //! - [`ledger`]: the slots of all layers, rows and heads, their reuse queues and the eviction decisions;
-//! - [`accumulate`]: attention probabilities into mass and peak; [`select`]: the k largest scores of many rows.
+//! - [`accumulate`]: attention probabilities into mass and peak; [`select`]: the k largest scores of many rows;
+//! - [`codes`]: keys and values in 8, 4 or 2 bits.
 #![forbid(unsafe_code)]
 
 pub mod accumulate;
 mod average;
 pub mod budget;
+pub mod codes;
 mod decide;
 pub mod error;
 pub mod ledger;
