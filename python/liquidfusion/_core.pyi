@@ -10,6 +10,10 @@ __all__ = [
     "accumulate",
     "budget_from_percent",
     "build_info",
+    "code_logits",
+    "code_outputs",
+    "code_squares",
+    "encode",
     "parameters",
     "strategies",
 ]
@@ -56,6 +60,36 @@ def accumulate(
     *,
     weights: _Tensor | None = None,
     threads: SupportsIndex | None = None,
+) -> None: ...
+def encode(
+    states: _Tensor,
+    mu: _Tensor | None,
+    bits: SupportsIndex,
+    codes: _Tensor,
+    scales: _Tensor,
+    *,
+    threads: SupportsIndex | None = None,
+) -> None: ...
+def code_logits(
+    query: _Tensor,
+    codes: _Tensor,
+    scales: _Tensor,
+    bits: SupportsIndex,
+    out: _Tensor,
+    *,
+    threads: SupportsIndex | None = None,
+) -> None: ...
+def code_outputs(
+    probabilities: _Tensor,
+    codes: _Tensor,
+    scales: _Tensor,
+    bits: SupportsIndex,
+    out: _Tensor,
+    *,
+    threads: SupportsIndex | None = None,
+) -> None: ...
+def code_squares(
+    codes: _Tensor, scales: _Tensor, bits: SupportsIndex, out: _Tensor, *, threads: SupportsIndex | None = None
 ) -> None: ...
 
 @final

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod accumulate;
+pub mod codes;
 mod decide;
 pub mod error;
 mod head;

@@ -5,6 +5,7 @@
 
 mod accumulate;
 mod args;
+mod codes;
 mod error;
 mod ledger;
 mod spec;
@@ -33,6 +34,10 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(spec::parameters, module)?)?;
     module.add_function(wrap_pyfunction!(spec::budget_from_percent, module)?)?;
     module.add_function(wrap_pyfunction!(accumulate::accumulate, module)?)?;
+    module.add_function(wrap_pyfunction!(codes::encode, module)?)?;
+    module.add_function(wrap_pyfunction!(codes::code_logits, module)?)?;
+    module.add_function(wrap_pyfunction!(codes::code_outputs, module)?)?;
+    module.add_function(wrap_pyfunction!(codes::code_squares, module)?)?;
     module.add_function(wrap_pyfunction!(build_info, module)?)?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))
 }
