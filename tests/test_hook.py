@@ -39,13 +39,14 @@ def bounded(model: PreTrainedModel, budget: int = BUDGET) -> list[int]:
 
 
 def test_contexts_nest(model: PreTrainedModel) -> None:
-    plain, before = tokens(model), (type(model), dict(model.__dict__))
+    lf.KVCache(model, "streaming", BUDGET)
+    plain, before = tokens(model), (type(model), model.generate, dict(model.__dict__))
     with lf.use(model, "streaming", budget=BUDGET):
         with lf.use(model, "streaming", 20):
             assert tokens(model) == bounded(model, 20)
         assert tokens(model) == bounded(model)
     assert tokens(model) == plain
-    assert (type(model), dict(model.__dict__)) == before
+    assert (type(model), model.generate, dict(model.__dict__)) == before
     assert len({tuple(x) for x in (plain, bounded(model), bounded(model, 20))}) == 3, "else nothing is tested"
 
 

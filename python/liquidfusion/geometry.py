@@ -113,6 +113,16 @@ def decoder_config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
+def attention_configs(model: PreTrainedModel) -> list[Any]:
+    """Configurations that the decoder's attention layers read: one object as a rule, more in models put together."""
+    config = decoder_config(model)
+    found = {id(config): config}
+    for module in attention_modules(model, config).values():
+        own = getattr(module, "config", config)
+        found[id(own)] = own
+    return list(found.values())
+
+
 def layer_devices(model: PreTrainedModel) -> list[torch.device]:
     """Where each layer's weights are now, and so its slots; the model's own device where that is unknown."""
     devices = [model.device] * int(decoder_config(model).num_hidden_layers)

@@ -18,7 +18,7 @@ from liquidfusion import _core
 from liquidfusion.compute import kernels
 from liquidfusion.compute.rotary import Rotary
 from liquidfusion.exceptions import CacheError, ConfigError, UnsupportedError
-from liquidfusion.geometry import Geometry, layer_devices
+from liquidfusion.geometry import Geometry, attention_configs, layer_devices
 from liquidfusion.hf.hook import Forward, Serves, install, switched
 from liquidfusion.hf.layers import Seen, SlotLayer
 from liquidfusion.options import SHORT, Run, Strategy, chosen, resolve
@@ -118,7 +118,7 @@ class KVCache(Cache, Serves):
                 f"positions={positions!r} with budget={self.spec.budget}: ranks go up to the budget, "
                 f"and the model knows {known} positions"
             )
-        self._geometry, self._positions = geometry, positions
+        self._geometry, self._configs, self._positions = geometry, attention_configs(model), positions
         self._rotary = None if positions == "absolute" else Rotary(model, geometry)
         self._relative_from = 0 if positions == "cache" else known
         self._model = weakref.ref(model)
@@ -345,7 +345,7 @@ class KVCache(Cache, Serves):
         step = Step.of(inputs, self._past())
         graph = self._graph_for(step)
         try:
-            with switched(self.model):
+            with switched(self._configs):
                 if graph is not None:
                     output = graph.step(forward, inputs, self._seen.columns)
                 else:

@@ -12,7 +12,7 @@ import inspect
 import threading
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,7 +23,6 @@ import torch
 from transformers import PreTrainedModel
 
 from liquidfusion.exceptions import CacheError, UnsupportedError
-from liquidfusion.geometry import decoder_config
 from liquidfusion.hf.function import IMPLEMENTATION, register
 from liquidfusion.run.backend import traced
 
@@ -138,15 +137,16 @@ def generating(
 
 
 @contextmanager
-def switched(model: PreTrainedModel, implementation: str = IMPLEMENTATION) -> Iterator[None]:
-    """Run the decoder's attention layers through an implementation, ours by default, inside this context."""
-    config = decoder_config(model)
-    previous = config._attn_implementation
+def switched(configs: Sequence[Any], implementation: str = IMPLEMENTATION) -> Iterator[None]:
+    """Run the attention layers that read these configurations through an implementation, ours by default."""
+    previous = [config._attn_implementation for config in configs]
     try:
-        config._attn_implementation = implementation
+        for config in configs:
+            config._attn_implementation = implementation
         yield
     finally:
-        config._attn_implementation = previous
+        for config, before in zip(configs, previous, strict=True):
+            config._attn_implementation = before
 
 
 def _reclass(model: PreTrainedModel) -> None:

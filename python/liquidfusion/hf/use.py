@@ -43,7 +43,6 @@ def use(
     >>> with use(model, budget=512):  # doctest: +SKIP
     ...     pipeline("text-generation", model=model, tokenizer=tokenizer)(prompt)
     """
-    was_installed = hook.installed(model)
     KVCache(model, strategy, budget, **({"prompt_tokens": 1} | options))
 
     def make(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> KVCache | None:
@@ -54,12 +53,8 @@ def use(
             given.setdefault("prompt_tokens", _prompt_tokens(args, kwargs))
         return KVCache(model, strategy, budget, **given)
 
-    try:
-        with hook.generating(model, make):
-            yield
-    finally:
-        if not was_installed:
-            hook.uninstall(model)
+    with hook.generating(model, make):
+        yield
 
 
 def _uses_cache(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> bool:
