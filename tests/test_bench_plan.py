@@ -21,7 +21,7 @@ def test_bytes_are_those_of_model_and_cache(strategy: str) -> None:
     cache = lf.KVCache(model, strategy, 48)
     ids = torch.randint(2, 90, (3, 200), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        model(ids, **{cache_keyword(model): cache})
+        model(ids, **{lf.cache_keyword(model): cache})
     found = planning.plan(
         planning.read_config(str(directory())),
         CacheOptions(strategy=strategy, budget=48),

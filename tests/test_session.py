@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import liquidfusion as lf
-from liquidfusion.state import session
 from liquidfusion.compute import kernels
+from liquidfusion.geometry import Geometry
+from liquidfusion.state import session
 from tiny import build, cache_keyword, cached, padded, tiny
 
 STRATEGIES = tuple(info["name"] for info in lf.strategies())
@@ -226,7 +227,7 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
 def test_mutated_files_are_refused_or_equal(saved: Path, tmp_path: Path) -> None:
     """Bits flipped, bytes overwritten, removed, inserted or moved: a clear refusal, or the very same state."""
     model, whole = tiny("llama"), np.frombuffer(saved.read_bytes(), np.uint8)
-    expected = session.read(saved, model)
+    expected = session.read(saved, Geometry.of(model))
     header = int(whole[:8].view("<u8")[0]) + 8
     rng, equal = np.random.default_rng(0), 0
     path = tmp_path / "mutated"

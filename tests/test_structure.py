@@ -13,7 +13,21 @@ import liquidfusion
 
 ROOT = Path(liquidfusion.__file__).parent
 # From the top down: a module imports from rooms below its own, and from its own.
-ROOMS = ("bench", "serving", "vllm", "hf", "run", "state", "compute", "geometry", "options", "precision", "files", "exceptions", "_core")
+ROOMS = (
+    "bench",
+    "serving",
+    "vllm",
+    "hf",
+    "run",
+    "state",
+    "compute",
+    "geometry",
+    "options",
+    "precision",
+    "files",
+    "exceptions",
+    "_core",
+)
 LONGEST_FILE = 500
 MOST_PARAMETERS = 8
 

@@ -108,9 +108,7 @@ def cached(model: PreTrainedModel, strategy: str, budget: int | None = None, **o
     """A KVCache; of the strategies' parameters among `options` those count that this strategy listens to."""
     listens = next(info["parameters"] for info in lf.strategies() if info["name"] == strategy)
     own = {name: options.pop(name) for name in list(options) if name in PARAMETERS}
-    return lf.KVCache(
-        model, lf.Strategy(strategy, **{k: v for k, v in own.items() if k in listens}), budget, **options
-    )
+    return lf.KVCache(model, lf.Strategy(strategy, **{k: v for k, v in own.items() if k in listens}), budget, **options)
 
 
 def padded(lengths: Sequence[int], seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,9 @@ CPU_BLOCK_BYTES = 8 * 2**20
 class How:
     """How a layer attends.
 
-    `scale`: factor on the products of queries and keys. `window`: sliding window in tokens, 0 for none. `softcap`: bound
-    of the logits, 0 for none. `sinks`: learned attention sinks `[heads]`, one more logit in each head's denominator.
+    `scale`: factor on the products of queries and keys. `window`: sliding window in tokens, 0 for none. `softcap`:
+    bound of the logits, 0 for none. `sinks`: learned attention sinks `[heads]`, one more logit in each head's
+    denominator.
     """
 
     scale: float
@@ -92,23 +93,44 @@ def attend(
         output = F.scaled_dot_product_attention(query, keys, values, attn_mask=each, scale=how.scale, enable_gqa=True)
         return output.masked_fill(~each.any(-1, keepdim=True), 0.0)
     # One product for the whole group: its query heads are more rows against the same keys.
-    grouped = query.view(batch, kv_heads, heads // kv_heads, queries, -1)
-    logits = (grouped.flatten(2, 3) @ keys.transpose(2, 3)).view(*grouped.shape[:4], -1).float().mul_(how.scale)
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads * queries, -1)
+    weights = probabilities((grouped @ keys.transpose(2, 3)).float(), queries, mask, how)
+    output = (weights.to(values.dtype).flatten(2, 3) @ values).view(batch, heads, queries, -1)
+    if observe is not None:
+        observe(weights.detach())
+    return output
+
+
+def probabilities(products: Tensor, queries: int, mask: Tensor | None, how: How) -> Tensor:
+    """Softmax of products of queries and keys.
+
+    Parameters
+    ----------
+    products : Tensor
+        float32 `[batch, kv_heads, group * queries, columns]`; changed.
+    queries : int
+        Queries of each head.
+    mask : Tensor or None
+        bool, broadcastable to the result; None when every column is visible.
+    how : How
+        Scale, softcap and learned sinks.
+
+    Returns
+    -------
+    Tensor
+        float32 `[batch, kv_heads, group, queries, columns]`, contiguous; a query that sees nothing gives 0.
+    """
+    batch, kv_heads, rows, columns = products.shape
+    logits = products.mul_(how.scale).view(batch, kv_heads, rows // queries, queries, columns)
     if how.softcap:
         logits = (logits / how.softcap).tanh_() * how.softcap
     if mask is not None:
         logits.masked_fill_(~mask, -torch.inf)
     if how.sinks is not None:
         sinks = how.sinks.float().view(1, kv_heads, -1, 1, 1).expand(batch, -1, -1, queries, 1)
-        probabilities = torch.cat((logits, sinks), -1).softmax(-1)[..., :-1].contiguous()
-    else:
-        probabilities = logits.softmax(-1)
-        if mask is not None:
-            probabilities.masked_fill_(~mask.any(-1, keepdim=True), 0.0)
-    output = (probabilities.to(values.dtype).flatten(2, 3) @ values).view(batch, heads, queries, -1)
-    if observe is not None:
-        observe(probabilities.detach())
-    return output
+        return torch.cat((logits, sinks), -1).softmax(-1)[..., :-1].contiguous()
+    weights = logits.softmax(-1)
+    return weights if mask is None else weights.masked_fill_(~mask.any(-1, keepdim=True), 0.0)
 
 
 def blocks(rows: int, queries: int, columns: int, device: torch.device) -> Iterator[slice]:

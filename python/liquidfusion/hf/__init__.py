@@ -1,0 +1,1 @@
+"""What transformers and users touch: the cache, its layers, the attention function, and how a model finds them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NoReturn, Self
 
@@ -28,6 +28,7 @@ from liquidfusion.run.graph import Graph
 from liquidfusion.run.step import Past, Step
 from liquidfusion.state import session
 from liquidfusion.state.group import Group, Groups
+from liquidfusion.state.slots import Format
 
 POSITIONS = ("absolute", "cache", "auto")
 """What `positions` may be."""
@@ -123,7 +124,8 @@ class KVCache(Cache, Serves):
         self._relative_from = 0 if positions == "cache" else known
         self._model = weakref.ref(model)
         self._seen = Seen()
-        self._groups = Groups([layer_spec(self.spec, window) for window in geometry.windows], threads)
+        specs = [layer_spec(self.spec, window) for window in geometry.windows]
+        self._groups = Groups(specs, [Format()] * len(specs), threads)
         super().__init__(layers=[SlotLayer(i, self._groups, self._seen) for i in range(len(geometry.layers))])
         self._graph: Graph | None = None
         self.evicting = True
@@ -269,7 +271,7 @@ class KVCache(Cache, Serves):
         """
         options = asdict(self._run)
         if not self._seen.columns and self._broken is None:
-            return type(self)(self.model, **self._told(), **options)
+            return self._like(self._told(), self.model, options)
         state = self._state()
         return self._from_state(state, self.model, [self._groups.device(layer) for layer in range(len(self))], options)
 
@@ -280,7 +282,9 @@ class KVCache(Cache, Serves):
         return self.copy()
 
     def __reduce__(self) -> NoReturn:
-        raise CacheError("a KVCache cannot be pickled: write it with save(path) and read it with KVCache.load, or copy() it")
+        raise CacheError(
+            "a KVCache cannot be pickled: write it with save(path) and read it with KVCache.load, or copy() it"
+        )
 
     def __repr__(self) -> str:
         told = {"budget": self.spec.budget} | {k: v for k, v in self.spec.params.items() if v is not None}
@@ -431,15 +435,19 @@ class KVCache(Cache, Serves):
         return session.State(description, session.gather(self._groups))
 
     @classmethod
+    def _like(cls, told: Mapping[str, Any], model: PreTrainedModel, options: Mapping[str, Any]) -> Self:
+        """An unused cache by what `_told` says."""
+        own = {name: value for name, value in told.items() if name not in ("strategy", "budget", "positions")}
+        positions = told.get("positions", "absolute")
+        return cls(model, Strategy(told["strategy"], **own), told.get("budget"), positions=positions, **options)
+
+    @classmethod
     def _from_state(
         cls, state: session.State, model: PreTrainedModel, devices: Sequence[torch.device], options: dict[str, Any]
     ) -> Self:
-        told = dict(state.description["spec"])
         try:
-            positions, budget = told.pop("positions"), told.pop("budget")
-            strategy = Strategy(told.pop("strategy"), **told)
-            cache = cls(model, strategy, budget, positions=positions, **options)
-        except (ConfigError, UnsupportedError, TypeError, KeyError) as error:
+            cache = cls._like(state.description["spec"], model, options)
+        except (ConfigError, UnsupportedError, TypeError) as error:
             raise CacheError(f"the session's strategy cannot be: {error}") from error
         session.scatter(state, cache._groups, devices)
         cache._seen.columns, cache._seen.batch = state.description["columns"], len(state.description["seen"])

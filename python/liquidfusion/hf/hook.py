@@ -1,8 +1,8 @@
 """How a model's calls reach its KVCaches: while caches are installed, the model is of a subclass of its own class.
 
 The subclass runs calls that carry a cache by it and passes all others on. A class and not a wrapper on
-`model.forward`: what others put on `forward` (Accelerate, hooks, torch.compile) stays where it is and may come and go in
-any order, and copies and replicas of a model answer with their own weights.
+`model.forward`: what others put on `forward` (Accelerate, hooks, torch.compile) stays where it is and may come and go
+in any order, and copies and replicas of a model answer with their own weights.
 """
 
 from __future__ import annotations
@@ -152,14 +152,14 @@ def switched(configs: Sequence[Any], implementation: str = IMPLEMENTATION) -> It
 def _reclass(model: PreTrainedModel) -> None:
     """Give a model the class that its state asks for, where nobody else has changed it since."""
     kind, state = type(model), _states.get(model)
-    original: type = kind.__dict__.get("_liquidfusion_original", kind)
+    original: Any = kind.__dict__.get("_liquidfusion_original", kind)
     wanted = original if state is None else _subclass(original, bool(state.makers))
     if kind is not wanted:
         model.__class__ = wanted
 
 
 @functools.cache
-def _subclass(original: Any, makes_caches: bool) -> type:
+def _subclass(original: Any, makes_caches: bool) -> Any:
     """A subclass of a model's class, of the same name, whose calls may carry a KVCache."""
 
     @functools.wraps(original.__call__)
@@ -172,8 +172,8 @@ def _subclass(original: Any, makes_caches: bool) -> type:
 
     def reduce(self: Any, protocol: Any) -> Any:
         # What copies or pickles the model gets one without caches.
-        how, arguments, *rest = original.__reduce_ex__(self, protocol)
-        return how, tuple(original if argument is type(self) else argument for argument in arguments), *rest
+        _, _, *rest = original.__reduce_ex__(self, protocol)
+        return _unfilled, (original,), *rest
 
     members: dict[str, Any] = {
         "__module__": original.__module__,
@@ -203,6 +203,11 @@ def _subclass(original: Any, makes_caches: bool) -> type:
 
         members |= {"generate": generate, "init_continuous_batching": refuse}
     return type(original)(original.__name__, (original,), members)
+
+
+def _unfilled(kind: Any) -> Any:
+    """An instance whose contents come next, as copying and pickling make it."""
+    return kind.__new__(kind)
 
 
 def _carried(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Serves | None:
@@ -235,7 +240,7 @@ def _serve(model: Any, original: Any, call: Forward, args: tuple[Any, ...], kwar
             _serving.reset(token)
 
 
-_apart = torch.compiler.disable(_serve)
+_apart: Forward = torch.compiler.disable(_serve)  # type: ignore[no-untyped-call]
 
 
 def _by_name(original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ class Seen:
     batch: int = 0
 
 
-class SlotLayer(CacheLayerMixin):
+class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One attention layer of a KVCache.
 
     Parameters
@@ -42,7 +42,7 @@ class SlotLayer(CacheLayerMixin):
         self._index, self._groups, self._seen = index, groups, seen
 
     @property
-    def is_initialized(self) -> bool:
+    def is_initialized(self) -> bool:  # type: ignore[override]
         """Whether tokens are stored."""
         return self._seen.columns > 0
 
@@ -54,14 +54,14 @@ class SlotLayer(CacheLayerMixin):
         return self._seen.batch
 
     @property
-    def keys(self) -> Tensor | None:
+    def keys(self) -> Tensor | None:  # type: ignore[override]
         """Keys of the slots, `[batch, kv_heads, slots, head_dim]`; None before the first call."""
         group, index = self._groups[self._index]
         slots = group.slots[index]
         return None if slots is None else slots.read()[0]
 
     @property
-    def values(self) -> Tensor | None:
+    def values(self) -> Tensor | None:  # type: ignore[override]
         """Values of the slots, likewise."""
         group, index = self._groups[self._index]
         slots = group.slots[index]

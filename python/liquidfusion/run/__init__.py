@@ -1,0 +1,1 @@
+"""Calls of a model: what one brings, and who attends while it runs."""

@@ -1,4 +1,4 @@
-"""Who attends while a call of the model runs: found by the attention function, which transformers never hands a cache."""
+"""Who attends while a call of the model runs; the attention function, which never gets a cache, finds it here."""
 
 from __future__ import annotations
 

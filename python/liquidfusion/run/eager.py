@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from liquidfusion.compute import kernels, looks, softmax
-from liquidfusion.compute.looks import Block
+from liquidfusion.compute.looks import Block, Rule
 from liquidfusion.compute.rotary import Rotary, query_ranks, ranks
 from liquidfusion.compute.softmax import How
 from liquidfusion.exceptions import CacheError, UnsupportedError
@@ -120,9 +122,7 @@ class Eager(Backend):
         row, column = torch.tensor(rows, device=key.device), self._step.single_columns.to(key.device)
         slots.write(at[row], key[row, :, column][:, :, None], value[row, :, column][:, :, None], rows)
 
-    def _rotated(
-        self, layer: int, query: Tensor, on: On, keys: Tensor, key_positions: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _rotated(self, layer: int, query: Tensor, on: On, keys: Tensor, key_positions: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys rotated to where they stand in the cache, or in the sequence while it is short enough.
 
         `keys`: `[batch, kv_heads, columns, head_dim]` at `key_positions` `[batch, kv_heads, columns]`.
@@ -140,12 +140,10 @@ class Eager(Backend):
 
     def _decode(self, number: int, group: Group, slots: Slots, scores: Scores, query: Tensor, how: How) -> Tensor:
         step, on = self._step, self._step.on(query.device)
-        keys, values = slots.read()
-        full = step.decodes and min(step.seen) + 1 >= keys.shape[2]
+        full = step.decodes and min(step.seen) + 1 >= group.ledger.slots
         mask = None if full and not how.window else softmax.visible(on.query_positions, scores.positions, how.window)
         observe, own = None, scores.attention()
         if own is not None:
-            mass, peak = own
             block = Block(
                 on.query_positions,
                 scores.positions,
@@ -153,14 +151,20 @@ class Eager(Backend):
                 step.lengths,
                 step.seen,
                 1,
-                looks.look_weights(keys, values) if group.rule.value_weighted else None,
+                slots.look_weights() if group.rule.value_weighted else None,
             )
 
-            def observe(probabilities: Tensor) -> None:
-                looks.observe(probabilities, block, group.rule, mass, peak, self._threads)
-
-        query, keys = self._rotated(number, query, on, keys, scores.positions)
-        return softmax.attend(query, keys, values, mask, how, observe)
+            observe = partial(self._observe, block=block, rule=group.rule, scores=own)
+        if not slots.coded or self._rotary is not None:
+            keys, values = slots.read()
+            query, keys = self._rotated(number, query, on, keys, scores.positions)
+            return softmax.attend(query, keys, values, mask, how, observe)
+        grouped = query.reshape(query.shape[0], scores.positions.shape[1], -1, query.shape[3])
+        weights = softmax.probabilities(slots.keys.products(grouped), 1, mask, how)
+        output = slots.values.sums(weights.flatten(2, 3)).view(*query.shape[:3], -1)
+        if observe is not None:
+            observe(weights)
+        return output
 
     def _chunk(self, number: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
         group, index = self._groups[number]
@@ -182,20 +186,28 @@ class Eager(Backend):
     def _look(
         self, number: int, query: Tensor, key: Tensor, value: Tensor, how: How
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Attend a chunk to the stored tokens and itself: output, and mass and peak of both `[..., stored + columns]`."""
+        """Attend a chunk to the stored tokens and itself.
+
+        Returns
+        -------
+        tuple
+            The output, and mass and peak of both, `[batch, kv_heads, stored + columns]` each, or None.
+        """
         step, on = self._step, self._step.on(key.device)
         group, index = self._groups[number]
         slots, scores = group.layer(index, key, value)
         new_positions = on.new_positions[:, None].expand(-1, key.shape[1], -1)
-        keys, values, positions, own = key, value, new_positions, scores.attention()
+        keys, values, positions = key, value, new_positions
         stored = scores.positions.shape[2] if any(step.seen) or step.single else 0
-        if own is not None:
-            own = tuple(x.new_zeros((*key.shape[:2], step.columns)) for x in own)
         if stored:
-            keys, values = (torch.cat(pair, 2) for pair in zip(slots.read(), (key, value), strict=True))
+            old_keys, old_values = slots.read()
+            keys, values = torch.cat((old_keys, key), 2), torch.cat((old_values, value), 2)
             positions = torch.cat((scores.positions, new_positions), 2)
-            if own is not None:
-                own = tuple(torch.cat(pair, 2) for pair in zip(scores.attention(), own, strict=True))
+        own = None
+        if (before := scores.attention()) is not None:
+            fresh = before[0].new_zeros((*key.shape[:2], step.columns))
+            mass, peak = (torch.cat((x[..., :stored], fresh), 2) for x in before)
+            own = mass, peak
         weights = looks.look_weights(keys, values) if own is not None and group.rule.value_weighted else None
         query, keys = self._rotated(number, query, on, keys, positions)
 
@@ -207,7 +219,6 @@ class Eager(Backend):
             queries, seen = on.query_positions[:, part], seen_positions[..., :end]
             observe = None
             if own is not None:
-                mass, peak = own
                 block = Block(
                     queries,
                     seen,
@@ -218,14 +229,15 @@ class Eager(Backend):
                     None if weights is None else weights[..., :end].contiguous(),
                 )
 
-                def observe(probabilities: Tensor, block: Block = block) -> None:
-                    looks.observe(probabilities, block, group.rule, mass, peak, self._threads)
-
+                observe = partial(self._observe, block=block, rule=group.rule, scores=own)
             mask = softmax.visible(queries, seen, how.window)
             output[:, :, part] = softmax.attend(
                 query[:, :, part], keys[:, :, :end], values[:, :, :end], mask, how, observe
             )
         return output, own
+
+    def _observe(self, probabilities: Tensor, block: Block, rule: Rule, scores: tuple[Tensor, Tensor]) -> None:
+        looks.observe(probabilities, block, rule, *scores, self._threads)
 
     def _look_fused(
         self, group: Group, index: int, query: Tensor, key: Tensor, value: Tensor, how: How

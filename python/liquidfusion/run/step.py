@@ -28,9 +28,9 @@ class Past:
 class On:
     """A step's tensors on one device.
 
-    `query_positions`: int32 `[batch, columns]`, -1 for padding. `new_positions`: the same, -1 also for a row's only token,
-    which is in its slot already. `ages`: int32 `[batch, columns]`, real tokens that follow in the call, -1 for padding.
-    `first`: int32 `[batch]`, position of each row's first new token.
+    `query_positions`: int32 `[batch, columns]`, -1 for padding. `new_positions`: the same, -1 also for a row's only
+    token, which is in its slot already. `ages`: int32 `[batch, columns]`, real tokens that follow in the call, -1 for
+    padding. `first`: int32 `[batch]`, position of each row's first new token.
     """
 
     query_positions: Tensor

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from liquidfusion import _core
-from liquidfusion.compute import kernels
+from liquidfusion.compute import codes, kernels
 from liquidfusion.compute.looks import Rule
 from liquidfusion.state.ledger import Ledger, Scores
-from liquidfusion.state.slots import Plain, Slots
+from liquidfusion.state.slots import Format, Slots
 
 
 class Group:
@@ -22,15 +22,16 @@ class Group:
     ----------
     spec : _core.Spec
         The strategy.
-    layers : int
-        How many there are.
+    formats : sequence of Format
+        How each layer's slots hold keys and values.
     threads : int or None
         Cap on the core's threads.
     """
 
-    def __init__(self, spec: _core.Spec, layers: int, threads: int | None) -> None:
+    def __init__(self, spec: _core.Spec, formats: Sequence[Format], threads: int | None) -> None:
         self.spec, self.rule = spec, Rule.of(spec)
-        self.slots: list[Slots | None] = [None] * layers
+        self._formats = list(formats)
+        self.slots: list[Slots | None] = [None] * len(formats)
         self._ledger: Ledger | None = None
         self._threads = threads
 
@@ -49,7 +50,7 @@ class Group:
     @property
     def devices(self) -> set[torch.device]:
         """Where its layers attend."""
-        return {tensor.device for layer in self.slots if layer is not None for tensor in layer.tensors().values()}
+        return {device_of(layer) for layer in self.slots if layer is not None}
 
     @property
     def evictions(self) -> int:
@@ -67,26 +68,53 @@ class Group:
         self._ledger = Ledger(self.spec, shape, device, self._threads, shares_memory(self.spec, device))
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Slots, Scores]:
-        """Slots of a layer, allocated when its first keys `[rows, kv_heads, columns, d]` arrive, and what stands beside."""
+        """Slots of a layer, made when its first keys `[rows, kv_heads, columns, d]` arrive, and what stands beside."""
         slots, ledger = self.slots[index], self.ledger
         if slots is None:
-            slots = self.slots[index] = Plain.empty(key, value, ledger.batch, ledger.slots)
+            slots = self.slots[index] = Slots.empty(key, value, ledger.batch, ledger.slots, self._formats[index])
         return slots, ledger.at(index, key.device)
 
     def keep(self, index: int, ranks: Tensor, lengths: Sequence[int], chunk: Chunk) -> None:
         """Decide what one layer keeps of its slots and a chunk, and put the chosen columns into their slots."""
-        slots = self.slots[index]
+        slots, ledger = self.slots[index], self.ledger
         assert slots is not None
-        source = self.ledger.keep(index, ranks, lengths, chunk.scores)
+        distinct = None
+        if self.spec.distinct:
+            distinct = self._distinct_of_chunk(slots, ledger.host.positions[index], ranks, lengths, chunk)
+        source = ledger.keep(index, ranks, lengths, chunk.scores, distinct)
         slots.put(source.to(chunk.key.device, non_blocking=True), chunk.key, chunk.value)
+
+    def _distinct_of_chunk(
+        self, slots: Slots, positions: Tensor, ranks: Tensor, lengths: Sequence[int], chunk: Chunk
+    ) -> Tensor:
+        """Distinctness of stored tokens and columns alike, `[batch, kv_heads, slots + columns]` on the CPU.
+
+        Columns count as they will be stored; the only token of a row is in its slot already.
+        """
+        many = torch.tensor(lengths, device="cpu")[:, None] > 1
+        new = ((ranks >= 0) & many)[:, None].expand(-1, positions.shape[1], -1)
+        held = torch.cat((positions >= 0, new), -1).to(chunk.key.device)
+        keys = torch.cat((slots.keys.read(), slots.keys.rounded(chunk.key)), 2)
+        return codes.distinctness(keys, held).cpu()
 
     def finish(self, lengths: Sequence[int], decoded: bool) -> None:
         """End a call; rows whose reuse queue runs low get their next victims. `decoded`: it was a decode step."""
+        ledger = self.ledger
         if decoded:
-            self.ledger.attended(lengths)
-        if self.ledger.due():
-            self.ledger.pull()
-        self.ledger.finish()
+            ledger.attended(lengths)
+        distinct = None
+        if ledger.due():
+            ledger.pull()
+            if self.spec.distinct:
+                distinct = self.distinctness()
+        ledger.finish(distinct)
+
+    def distinctness(self) -> Tensor:
+        """Distinctness of all tokens not to be overwritten next, `[layers, batch, kv_heads, slots]` on the CPU."""
+        held = self.ledger.staying()
+        layers = [x for x in self.slots if x is not None]
+        found = [x.distinctness(h.to(device_of(x))).cpu() for x, h in zip(layers, held, strict=True)]
+        return torch.stack(found)
 
     def reorder(self, rows: Tensor) -> None:
         """Replace batch row `i` by row `rows[i]`, in place."""
@@ -108,6 +136,11 @@ class Group:
             self.slots = [None if layer is None else layer.grown(slots) for layer in self.slots]
 
 
+def device_of(slots: Slots) -> torch.device:
+    """Where a layer attends."""
+    return next(iter(slots.tensors().values())).device
+
+
 @dataclass
 class Chunk:
     """What one layer computed of a call of several columns, until it is decided what stays.
@@ -123,7 +156,7 @@ class Chunk:
 
 
 def shares_memory(spec: _core.Spec, device: torch.device) -> bool:
-    """Whether CPU layers attend on the core's memory: where the kernels run, the host's ledger follows at a distance."""
+    """Whether CPU layers attend on the core's memory: with kernels, the host's ledger follows at a distance."""
     return not kernels.available(device) or spec.budget is None
 
 
@@ -134,14 +167,19 @@ class Groups:
     ----------
     specs : sequence of _core.Spec
         What each layer keeps.
+    formats : sequence of Format
+        How each layer's slots hold keys and values.
     threads : int or None
         Cap on the core's threads.
     """
 
-    def __init__(self, specs: Sequence[_core.Spec], threads: int | None) -> None:
+    def __init__(self, specs: Sequence[_core.Spec], formats: Sequence[Format], threads: int | None) -> None:
         kinds = list(dict.fromkeys(specs))
         self.places = [(kinds.index(spec), specs[:layer].count(spec)) for layer, spec in enumerate(specs)]
-        self.all = [Group(spec, specs.count(spec), threads) for spec in kinds]
+        self.all = [
+            Group(kind, [how for spec, how in zip(specs, formats, strict=True) if spec == kind], threads)
+            for kind in kinds
+        ]
 
     def __getitem__(self, layer: int) -> tuple[Group, int]:
         """The group of a layer, and the layer's index in it."""
@@ -153,4 +191,4 @@ class Groups:
         group, index = self[layer]
         slots = group.slots[index]
         assert slots is not None
-        return next(iter(slots.tensors().values())).device
+        return device_of(slots)

@@ -1,8 +1,8 @@
 """Positions, scores and reuse queues of layers that are kept alike, and which side is newer.
 
 The Rust core decides on the host's tensors. A layer attends beside its own positions and scores: on the CPU these are
-the host's memory, on another device a copy, kept in step here and nowhere else. A position is the host's to say. A score
-is the device's to say from a row's decode step until it is pulled, the host's at all other times.
+the host's memory, on another device a copy, kept in step here and nowhere else. A position is the host's to say. A
+score is the device's to say from a row's decode step until it is pulled, the host's at all other times.
 """
 
 from __future__ import annotations
@@ -203,7 +203,8 @@ class Ledger:
     def finish(self, distinct: Tensor | None = None) -> None:
         """Choose the next victims where a reuse queue runs low.
 
-        `distinct`: float32 `[layers, batch, kv_heads, slots]` on the CPU, where the strategy asks for it and one is due.
+        `distinct`: float32 `[layers, batch, kv_heads, slots]` on the CPU, where the strategy asks for it and a row is
+        due.
         """
         self.core.finish(distinct)
 
@@ -213,7 +214,7 @@ class Ledger:
             return []
         return [row for row, length in enumerate(self.core.queue_lengths()) if length <= self.spec.interval]
 
-    def waiting(self) -> Tensor:
+    def staying(self) -> Tensor:
         """Which slots hold a token that is not waiting to be overwritten: bool `[layers, batch, kv_heads, slots]`."""
         queues = torch.empty(self.shape, dtype=torch.int32, device="cpu")
         self.core.queues(queues)

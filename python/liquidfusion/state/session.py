@@ -41,7 +41,7 @@ class Fingerprint:
 
     @classmethod
     def of(cls, geometry: Geometry) -> Fingerprint:
-        """Of a model; with tensor parallelism, of this process' share. A number for each layer only where they differ."""
+        """Of a model, or a process' share of it; a number for each layer only where they differ."""
 
         def alike(values: list[int]) -> int | list[int]:
             return values[0] if len(set(values)) == 1 else values

@@ -1,57 +1,207 @@
-"""Keys and values of one layer's slots, and how they are stored."""
+"""Keys and values of one layer's slots: each side holds numbers or codes, and the two need not be alike."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol, Self
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from liquidfusion.compute import kernels
+from liquidfusion.compute import codes, kernels
+from liquidfusion.compute.codes import Codes, Coding
 from liquidfusion.exceptions import CacheError
 
 
-class Slots(Protocol):
-    """What stores a layer's tokens, `[batch, kv_heads, slots]` of them."""
+class Side(ABC):
+    """Keys, or values, of `[batch, kv_heads, slots]` slots; `made`: the dtype in which the model makes them."""
 
-    def check(self, layer: int, key: Tensor) -> None:
-        """Refuse keys in another dtype than the layer made before."""
+    made: torch.dtype
 
-    def write(self, at: Tensor, key: Tensor, value: Tensor, rows: Sequence[int] | None = None) -> None:
-        """Store one token per row and head: `at` int64 `[rows, kv_heads]`, `key`, `value` `[rows, kv_heads, 1, d]`."""
+    @abstractmethod
+    def read(self) -> Tensor:
+        """What is held, in the model's dtype: `[batch, kv_heads, slots, d]`."""
 
-    def put(self, source: Tensor, key: Tensor, value: Tensor, rows: Sequence[int] | None = None) -> None:
-        """Store a chunk's columns: `source` int32 `[rows, kv_heads, slots]` names the column of each slot, -1: none."""
+    @abstractmethod
+    def rounded(self, states: Tensor) -> Tensor:
+        """States `[rows, kv_heads, columns, d]` as they will be read once they are stored."""
 
-    def read(self, rows: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values `[rows, kv_heads, slots, d]` as they attend."""
-
+    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """All memory by name, batch rows first."""
+        """All memory by name, batch rows first; the empty name where there is but one tensor."""
 
+    @abstractmethod
+    def write(self, at: Tensor, states: Tensor, rows: Sequence[int] | None) -> None:
+        """Store one token per row and head: see `Slots.write`."""
+
+    @abstractmethod
+    def put(self, source: Tensor, states: Tensor) -> None:
+        """Store a chunk's columns: see `Slots.put`."""
+
+    @abstractmethod
+    def products(self, query: Tensor) -> Tensor:
+        """Products of queries `[batch, kv_heads, queries, d]` with each slot: float32 `[..., queries, slots]`."""
+
+    @abstractmethod
+    def sums(self, weights: Tensor) -> Tensor:
+        """Sums over slots, weighted by float32 `[batch, kv_heads, queries, slots]`: `[..., queries, d]`."""
+
+    @abstractmethod
+    def lengths(self) -> Tensor:
+        """Length of what each slot holds, float32 `[batch, kv_heads, slots]`."""
+
+    @abstractmethod
     def grown(self, slots: int) -> Self:
         """A copy with more slots, the new ones empty."""
 
 
-class Plain:
-    """Keys and values as the model makes them.
+class Plain(Side):
+    """Numbers, in the dtype in which the model makes them or in another.
 
-    `keys`, `values`: `[batch, kv_heads, slots, head_dim]`.
+    `held`: `[batch, kv_heads, slots, d]`. `made`: the model's dtype.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, held: Tensor, made: torch.dtype) -> None:
+        self.held, self.made = held, made
+
+    @classmethod
+    def empty(cls, like: Tensor, batch: int, slots: int, dtype: torch.dtype | None) -> Self:
+        """Zeroed slots for columns like `[rows, kv_heads, columns, d]`: an empty slot must not hold NaN."""
+        shape = (batch, like.shape[1], slots, like.shape[3])
+        with torch.inference_mode(False):  # a cache outlives the inference_mode block that made it
+            return cls(torch.zeros(shape, dtype=dtype or like.dtype, device=like.device), like.dtype)
+
+    def read(self) -> Tensor:
+        """What is held: the memory itself where it is in the model's dtype."""
+        return self.held.to(self.made)
+
+    def rounded(self, states: Tensor) -> Tensor:
+        """States as they will be read."""
+        return states.to(self.held.dtype).to(self.made)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All memory."""
+        return {"": self.held}
+
+    def write(self, at: Tensor, states: Tensor, rows: Sequence[int] | None) -> None:
+        """Store one token per row and head."""
+        _scatter(self.held, at, states[:, :, 0].to(self.held.dtype), rows)
+
+    def put(self, source: Tensor, states: Tensor) -> None:
+        """Store a chunk's columns."""
+        if kernels.available(states.device):
+            # Triton launches on the current device, wherever the tensors are.
+            with torch.cuda.device_of(states):  # type: ignore[no-untyped-call]
+                kernels.place(source, states.to(self.held.dtype), self.held)
+            return
+        _move(source, states.to(self.held.dtype), self.held)
+
+    def products(self, query: Tensor) -> Tensor:
+        """Products of queries with each slot."""
+        return (query @ self.read().transpose(2, 3)).float()
+
+    def sums(self, weights: Tensor) -> Tensor:
+        """Weighted sums over slots."""
+        return weights.to(self.made) @ self.read()
+
+    def lengths(self) -> Tensor:
+        """Length of what each slot holds."""
+        length: Tensor = torch.linalg.vector_norm(self.held, dim=-1, dtype=torch.float32)
+        return length
+
+    def grown(self, slots: int) -> Self:
+        """A copy with more slots, the new ones empty."""
+        new = self.empty(self.held, self.held.shape[0], slots, self.held.dtype)
+        new.made = self.made
+        new.held[:, :, : self.held.shape[2]] = self.held
+        return new
+
+
+class Coded(Side):
+    """Codes; a token is coded once and never again.
+
+    `codes`: what is held. `coding`: how. `made`: the model's dtype.
+    """
+
+    def __init__(self, held: Codes, coding: Coding, made: torch.dtype) -> None:
+        self.codes, self.coding, self.made = held, coding, made
+
+    def read(self) -> Tensor:
+        """What the codes stand for."""
+        return self.coding.decode(self.codes, self.made)
+
+    def rounded(self, states: Tensor) -> Tensor:
+        """States as they will be read."""
+        return self.coding.decode(self.coding.encode(states), self.made)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All memory by name."""
+        return {"codes": self.codes.codes, "scales": self.codes.scales}
+
+    def write(self, at: Tensor, states: Tensor, rows: Sequence[int] | None) -> None:
+        """Store one token per row and head."""
+        new = self.coding.encode(states)
+        _scatter(self.codes.codes, at, new.codes[:, :, 0], rows)
+        _scatter(self.codes.scales[..., None], at, new.scales, rows)
+
+    def put(self, source: Tensor, states: Tensor) -> None:
+        """Store a chunk's columns."""
+        new = self.coding.encode(states)
+        _move(source, new.codes, self.codes.codes)
+        _move(source, new.scales[..., None], self.codes.scales[..., None])
+
+    def products(self, query: Tensor) -> Tensor:
+        """Products of queries with each slot."""
+        return self.coding.logits(query, self.codes)
+
+    def sums(self, weights: Tensor) -> Tensor:
+        """Weighted sums over slots."""
+        return self.coding.outputs(weights, self.codes).to(self.made)
+
+    def lengths(self) -> Tensor:
+        """Length of what each slot holds."""
+        return self.coding.lengths(self.codes)
+
+    def grown(self, slots: int) -> Self:
+        """A copy with more slots, the new ones empty."""
+        batch, kv_heads, old, _ = self.codes.codes.shape
+        new = self.coding.empty(batch, kv_heads, slots, self.codes.codes.device)
+        for held, larger in zip(self.codes, new, strict=True):
+            larger[:, :, :old] = held
+        return type(self)(new, self.coding, self.made)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a layer's slots hold keys and values: a dtype, a coding, or None for the model's own dtype."""
+
+    keys: torch.dtype | Coding | None = None
+    values: torch.dtype | Coding | None = None
+
+
+class Slots:
+    """One layer's slots."""
+
+    def __init__(self, keys: Side, values: Side) -> None:
         self.keys, self.values = keys, values
 
     @classmethod
-    def empty(cls, key: Tensor, value: Tensor, batch: int, slots: int) -> Self:
-        """Zeroed slots for columns like `[rows, kv_heads, columns, head_dim]`: an empty slot must not hold NaN."""
-        with torch.inference_mode(False):  # a cache outlives the inference_mode block that made it
-            keys, values = (
-                torch.zeros((batch, x.shape[1], slots, x.shape[3]), dtype=x.dtype, device=x.device)
-                for x in (key, value)
-            )
-        return cls(keys, values)
+    def empty(cls, key: Tensor, value: Tensor, batch: int, slots: int, held: Format) -> Self:
+        """Empty slots for columns like `key`, `value` `[rows, kv_heads, columns, d]`."""
+
+        def side(like: Tensor, how: torch.dtype | Coding | None) -> Side:
+            if isinstance(how, Coding):
+                return Coded(how.empty(batch, like.shape[1], slots, like.device), how, like.dtype)
+            return Plain.empty(like, batch, slots, how)
+
+        return cls(side(key, held.keys), side(value, held.values))
+
+    @property
+    def coded(self) -> bool:
+        """Whether a side holds codes."""
+        return isinstance(self.keys, Coded) or isinstance(self.values, Coded)
 
     def check(self, layer: int, key: Tensor) -> None:
         """Refuse keys in another dtype than the layer made before.
@@ -61,51 +211,67 @@ class Plain:
         CacheError
             Naming both.
         """
-        if key.dtype != self.keys.dtype:
-            raise CacheError(
-                f"layer {layer} makes {key.dtype} keys, the cache holds {self.keys.dtype}; build a new KVCache"
-            )
+        made = self.keys.made
+        if key.dtype != made:
+            raise CacheError(f"layer {layer} makes {key.dtype} keys, the cache holds {made}; build a new KVCache")
 
     def write(self, at: Tensor, key: Tensor, value: Tensor, rows: Sequence[int] | None = None) -> None:
-        """Store one token per row and head."""
-        for buffer, new in ((self.keys, key), (self.values, value)):
-            target = at[..., None, None].expand(-1, -1, 1, buffer.shape[3])
-            if rows is None:
-                buffer.scatter_(2, target, new)
-            else:
-                index = torch.tensor(rows, device=buffer.device)
-                buffer[index] = buffer[index].scatter(2, target, new)
+        """Store one token per row and head.
 
-    def put(self, source: Tensor, key: Tensor, value: Tensor, rows: Sequence[int] | None = None) -> None:
-        """Store a chunk's columns."""
-        for buffer, new in ((self.keys, key), (self.values, value)):
-            if rows is None:
-                _place(source, new, buffer)
-            else:
-                for row, target in enumerate(rows):
-                    _place(source[row : row + 1], new[row : row + 1], buffer[target : target + 1])
+        Parameters
+        ----------
+        at : Tensor
+            int64 `[rows, kv_heads]`: the slots to overwrite.
+        key, value : Tensor
+            `[rows, kv_heads, 1, d]`.
+        rows : sequence of int or None
+            Which batch rows they are; None: all.
+        """
+        self.keys.write(at, key, rows)
+        self.values.write(at, value, rows)
 
-    def read(self, rows: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values: the memory itself, or a copy of some rows."""
-        return (self.keys, self.values) if rows is None else (self.keys[list(rows)], self.values[list(rows)])
+    def put(self, source: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store a chunk's columns: `source` int32 `[batch, kv_heads, slots]` names each slot's column, -1 for none."""
+        self.keys.put(source, key)
+        self.values.put(source, value)
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Keys and values `[batch, kv_heads, slots, d]` in the model's dtype."""
+        return self.keys.read(), self.values.read()
+
+    def look_weights(self) -> Tensor:
+        """What a look at each slot can move, float32 `[batch, kv_heads, slots]`: see `looks.look_weights`."""
+        length = self.keys.lengths()
+        return (self.values.lengths() / length).masked_fill(length == 0, 0.0)
+
+    def distinctness(self, held: Tensor) -> Tensor:
+        """How far each key points from the mean direction of those in `held`, bool `[batch, kv_heads, slots]`."""
+        if isinstance(self.keys, Coded):
+            return self.keys.coding.distinctness(self.keys.codes, held)
+        return codes.distinctness(self.keys.read(), held)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All memory by name."""
-        return {"keys": self.keys, "values": self.values}
+        """All memory by name, batch rows first."""
+        sides = {"key": self.keys.tensors(), "value": self.values.tensors()}
+        return {f"{side}_{x}" if x else f"{side}s": t for side, named in sides.items() for x, t in named.items()}
 
     def grown(self, slots: int) -> Self:
         """A copy with more slots, the new ones empty."""
-        new = self.empty(self.keys, self.values, self.keys.shape[0], slots)
-        for old, larger in ((self.keys, new.keys), (self.values, new.values)):
-            larger[:, :, : old.shape[2]] = old
-        return new
+        return type(self)(self.keys.grown(slots), self.values.grown(slots))
 
 
-def _place(source: Tensor, new: Tensor, buffer: Tensor) -> None:
-    if kernels.available(new.device):
-        # Triton launches on the current device, wherever the tensors are.
-        with torch.cuda.device_of(new):  # type: ignore[no-untyped-call]
-            kernels.place(source, new, buffer)
-        return
+def _scatter(held: Tensor, at: Tensor, new: Tensor, rows: Sequence[int] | None) -> None:
+    """Overwrite one slot per row and head of `[batch, kv_heads, slots, x]` by `[rows, kv_heads, x]`."""
+    target = at[..., None, None].expand(-1, -1, 1, held.shape[3])
+    new = new.view(*new.shape[:2], 1, held.shape[3])
+    if rows is None:
+        held.scatter_(2, target, new)
+    else:
+        index = torch.tensor(rows, device=held.device)
+        held[index] = held[index].scatter(2, target, new)
+
+
+def _move(source: Tensor, new: Tensor, held: Tensor) -> None:
+    """Put columns of `[batch, kv_heads, columns, x]` where `source` says."""
     moved, column = (source >= 0)[..., None], source.clamp(min=0).long()[..., None]
-    torch.where(moved, new.gather(2, column.expand(-1, -1, -1, new.shape[3])), buffer, out=buffer)
+    torch.where(moved, new.gather(2, column.expand(-1, -1, -1, new.shape[3])), held, out=held)
