@@ -1,11 +1,12 @@
-//! Selections and whole decisions: every strategy of the registry x rows x slots x k. Run: `cargo bench`.
+//! Whole decisions: every bounded strategy x heads x slots, and the search inside them. Run: `cargo bench`.
 #![allow(missing_docs, reason = "criterion's macros make undocumented functions")]
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use liquidfusion_core::ledger::{Ledger, Shape, Slots};
-use liquidfusion_core::policy::REGISTRY;
-use liquidfusion_core::select::select;
-use liquidfusion_core::spec::{Request, Spec};
+use liquidfusion_core::params::{Name, Value};
+use liquidfusion_core::select::{Field, cut, ordinal};
+use liquidfusion_core::spec::Spec;
+use liquidfusion_core::strategy::STRATEGIES;
 use liquidfusion_core::view::{View, ViewMut};
 
 /// Attention-like scores: a few large, most tiny.
@@ -17,42 +18,43 @@ fn scores(n: usize, mut state: u64) -> Vec<f32> {
     std::iter::repeat_with(next).take(n).collect()
 }
 
-fn selection(criterion: &mut Criterion) {
-    let mut group = criterion.benchmark_group("select");
-    for (rows, n, k) in [(1, 2048, 1024), (256, 2048, 1024), (256, 2112, 2048), (8, 131_072, 2048)] {
-        let scores = scores(rows * n, 1);
-        let mut out = vec![0; rows * k];
-        group.throughput(Throughput::Elements((rows * n) as u64));
-        for threads in [1, 2] {
-            group.bench_function(BenchmarkId::new(format!("{k} of {n}, {rows} rows"), threads), |bencher| {
-                bencher.iter(|| {
-                    let scores = View::new("scores", &scores, [rows, n]).unwrap();
-                    let out = ViewMut::new("out", &mut out, [rows, k]).unwrap();
-                    select(scores, k, out, threads).unwrap();
-                });
+fn search(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("search");
+    for (n, k) in [(2048, 1024), (2112, 2048), (131_072, 2048)] {
+        let heads: Vec<Vec<i32>> = (1..33).map(|i| scores(n, i).into_iter().map(ordinal).collect()).collect();
+        let positions: Vec<i32> = (0..n as i32).collect();
+        group.throughput(Throughput::Elements((32 * n) as u64));
+        group.bench_function(BenchmarkId::from_parameter(format!("{k} of {n}, 32 heads")), |bencher| {
+            let mut near = 0;
+            bencher.iter(|| {
+                for ordinals in &heads {
+                    let field = Field { count: n, least: 0, most: ordinal(1.0) };
+                    std::hint::black_box(cut(ordinals, &positions, k, field, &mut near));
+                }
             });
-        }
+        });
     }
     group.finish();
 }
 
 fn decision(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("decision");
-    for strategy in REGISTRY.iter().filter(|strategy| strategy.bounded()) {
-        for (heads, slots, interval) in [(8, 544, 16), (256, 544, 16), (8, 2112, 64), (256, 2112, 64)] {
-            let shape = Shape { layers: 1, batch: 1, heads, slots };
-            let budget = Some(slots as i64);
-            let request = Request { budget, eviction_interval: Some(interval), ..Request::default() };
-            let spec = Spec::new(strategy.name(), &request).unwrap();
-            let n = heads * slots;
+    for strategy in STRATEGIES.iter().filter(|strategy| strategy.bounded) {
+        for (kv_heads, slots, interval) in [(8, 544, 16), (256, 544, 16), (8, 2112, 64), (256, 2112, 64)] {
+            let shape = Shape { layers: 1, rows: 1, kv_heads, slots };
+            let given = [(Name::EvictionInterval, Value::Int(interval))];
+            let spec = Spec::new(strategy.name, Some(slots as i64), &given).unwrap();
+            let n = kv_heads * slots;
             let (mut positions, mut mass, mut peak) = (vec![-1; n], scores(n, 1), scores(n, 2));
+            let distinct = scores(n, 3);
+            let distinct = View::new("distinct", &distinct, shape.dims()).unwrap();
             let mut ledger = Ledger::new(spec, shape, 2).unwrap();
-            let mut chosen = vec![0; heads];
+            let mut chosen = vec![0; kv_heads];
             let mut step = |ledger: &mut Ledger, finish: bool| {
-                let mut slots = Slots { positions: &mut positions, scores: Some((&mut mass, &mut peak)) };
-                let mut out = ViewMut::new("slots", &mut chosen, [1, 1, heads]).unwrap();
-                ledger.begin(&mut slots, &[1], &mut out).unwrap();
-                if finish { ledger.finish(&slots).unwrap() } else { 0 }
+                let mut tensors = Slots { positions: &mut positions, scores: Some((&mut mass, &mut peak)) };
+                let mut out = ViewMut::new("slots", &mut chosen, [1, 1, kv_heads]).unwrap();
+                ledger.begin(&mut tensors, &[1], None, &mut out).unwrap();
+                if finish { ledger.finish(&tensors, Some(distinct)).unwrap() } else { 0 }
             };
             while step(&mut ledger, true) == 0 {}
             // One step before the next decision, and taking it.
@@ -62,14 +64,13 @@ fn decision(criterion: &mut Criterion) {
             step(&mut ledger, false);
             let before = ledger;
             group.throughput(Throughput::Elements(n as u64));
-            let name = format!("{interval} of {slots}, {heads} heads");
-            group.bench_function(BenchmarkId::new(strategy.name(), name), |bencher| {
+            let name = format!("{interval} of {slots}, {kv_heads} heads");
+            group.bench_function(BenchmarkId::new(strategy.name, name), |bencher| {
                 bencher.iter_batched_ref(
                     || before.clone(),
                     |ledger| {
-                        ledger
-                            .finish(&Slots { positions: &mut positions, scores: Some((&mut mass, &mut peak)) })
-                            .unwrap()
+                        let tensors = Slots { positions: &mut positions, scores: Some((&mut mass, &mut peak)) };
+                        ledger.finish(&tensors, Some(distinct)).unwrap()
                     },
                     criterion::BatchSize::LargeInput,
                 );
@@ -79,5 +80,5 @@ fn decision(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, selection, decision);
+criterion_group!(benches, search, decision);
 criterion_main!(benches);

@@ -2,6 +2,9 @@
 //!
 //! The probabilities are read once, in blocks of columns whose sums stay in registers, and checked on the way: a float is finite and
 //! not negative when its bits are small enough. Results are written when everything was found good.
+//!
+//! Numbers too small for a normal float count as 0, explicitly: whether a thread's floating-point unit flushes them differs from thread to
+//! thread (`torch.set_flush_denormal` sets the calling one), and results must not.
 
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -86,6 +89,12 @@ impl Element for half::f16 {
     }
 }
 
+/// The number, or 0 if it is too small for a normal float. In a thread that flushes those the comparison sees 0, with the same outcome.
+#[inline(always)]
+fn normal(x: f32) -> f32 {
+    if x < f32::MIN_POSITIVE { 0.0 } else { x }
+}
+
 mod wide {
     //! Probabilities by the vector. Those of 16 bits are loaded in pairs, of which the even ones fill one vector and the odd ones
     //! another: that takes a shift and a mask where lining them up would take twice the loads. Sums stay in this order until all
@@ -104,7 +113,14 @@ mod wide {
         fn values<S: Simd>(simd: S, from: &[Self], worst: &mut S::u32s) -> [S::f32s; COUNT];
 
         /// Bring what was summed up in the order of `values` into that of the columns.
-        fn in_order(sums: &mut [f32], lanes: usize);
+        fn in_order(sums: &mut [f32], width: usize);
+    }
+
+    /// As the function of the same name beside this module.
+    #[inline(always)]
+    pub(super) fn normal<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+        let small = simd.less_than_f32s(x, simd.splat_f32s(f32::MIN_POSITIVE));
+        simd.select_f32s(small, simd.splat_f32s(0.0), x)
     }
 
     /// Vectors of 32-bit words, of whatever is in `from`.
@@ -117,8 +133,8 @@ mod wide {
 
     /// Even and odd columns, of vectors in turn, one after the other.
     #[inline(always)]
-    fn interleave(sums: &mut [f32], lanes: usize) {
-        match lanes {
+    fn interleave(sums: &mut [f32], width: usize) {
+        match width {
             16 => interleave_vectors::<16>(sums),
             8 => interleave_vectors::<8>(sums),
             4 => interleave_vectors::<4>(sums),
@@ -126,12 +142,12 @@ mod wide {
         }
     }
 
-    /// With a number of lanes that the compiler knows, so that it shuffles vectors.
+    /// With a width that the compiler knows, so that it shuffles vectors.
     #[inline(always)]
-    fn interleave_vectors<const LANES: usize>(sums: &mut [f32]) {
-        for [even, odd] in sums.as_chunks_mut::<LANES>().0.as_chunks_mut().0 {
-            let pairs: [[f32; 2]; LANES] = std::array::from_fn(|lane| [even[lane], odd[lane]]);
-            let (first, second) = pairs.as_flattened().split_at(LANES);
+    fn interleave_vectors<const WIDTH: usize>(sums: &mut [f32]) {
+        for [even, odd] in sums.as_chunks_mut::<WIDTH>().0.as_chunks_mut().0 {
+            let pairs: [[f32; 2]; WIDTH] = std::array::from_fn(|i| [even[i], odd[i]]);
+            let (first, second) = pairs.as_flattened().split_at(WIDTH);
             even.copy_from_slice(first);
             odd.copy_from_slice(second);
         }
@@ -144,7 +160,7 @@ mod wide {
         fn values<S: Simd>(simd: S, from: &[Self], worst: &mut S::u32s) -> [S::f32s; COUNT] {
             words::<S, _, COUNT>(from).map(|word| {
                 *worst = simd.max_u32s(*worst, word);
-                simd.transmute_f32s_u32s(word)
+                normal(simd, simd.transmute_f32s_u32s(word))
             })
         }
 
@@ -168,11 +184,12 @@ mod wide {
                 simd.transmute_f32s_u32s(first_b),
                 simd.transmute_f32s_u32s(simd.and_u32s(b, upper)),
             ]
+            .map(|values| normal(simd, values))
         }
 
         #[inline(always)]
-        fn in_order(sums: &mut [f32], lanes: usize) {
-            interleave(sums, lanes);
+        fn in_order(sums: &mut [f32], width: usize) {
+            interleave(sums, width);
         }
     }
 
@@ -205,8 +222,8 @@ mod wide {
         }
 
         #[inline(always)]
-        fn in_order(sums: &mut [f32], lanes: usize) {
-            interleave(sums, lanes);
+        fn in_order(sums: &mut [f32], width: usize) {
+            interleave(sums, width);
         }
     }
 }
@@ -283,19 +300,19 @@ impl<T: Element> Work for Tile<'_, T> {
                 }
                 let sums = S::as_mut_simd_f32s(sums).0.iter_mut().zip(S::as_mut_simd_f32s(peaks).0);
                 for ((sum, peak), total) in sums.zip(total) {
-                    *sum = simd.add_f32s(*sum, simd.mul_f32s(total, mass_factor));
-                    *peak = simd.max_f32s(simd.mul_f32s(total, peak_factor), *peak);
+                    *sum = simd.add_f32s(*sum, wide::normal(simd, simd.mul_f32s(total, mass_factor)));
+                    *peak = simd.max_f32s(wide::normal(simd, simd.mul_f32s(total, peak_factor)), *peak);
                 }
             }
             for (i, (sum, peak)) in sums_rest.iter_mut().zip(&mut *peaks_rest).enumerate() {
                 let mut total = 0.0;
                 for g in 0..self.group {
                     let probability = self.probabilities[at(g) + whole + i];
-                    total += probability.value();
+                    total += normal(probability.value());
                     worst_rest = worst_rest.max(probability.order());
                 }
-                *sum += to_mass * total;
-                *peak = (to_peak * total).max(*peak);
+                *sum += normal(to_mass * total);
+                *peak = normal(to_peak * total).max(*peak);
             }
         }
         T::in_order(sums, S::F32_LANES);
@@ -325,15 +342,15 @@ impl Work for Merge<'_> {
         if let Some(weights) = self.weights {
             for ((sum, peak), &weight) in self.sums.iter_mut().zip(&mut *self.peaks).zip(weights) {
                 worst = worst.max(weight.to_bits());
-                *sum *= weight;
-                *peak *= weight;
+                *sum = normal(*sum * normal(weight));
+                *peak = normal(*peak * normal(weight));
             }
         }
         let old = self.mass.iter().zip(self.peak);
         for ((sum, peak), (&mass, &old_peak)) in self.sums.iter_mut().zip(self.peaks).zip(old) {
             worst = worst.max(mass.to_bits()).max(old_peak.to_bits());
-            *sum += mass * self.mass_fade;
-            let faded = old_peak * self.peak_fade;
+            *sum += normal(normal(mass) * self.mass_fade);
+            let faded = normal(normal(old_peak) * self.peak_fade);
             *peak = if faded > *peak { faded } else { *peak };
             worst = worst.max(sum.to_bits()).max(peak.to_bits());
         }
@@ -381,10 +398,10 @@ pub fn accumulate<T: Element>(
     if batch * heads * columns == 0 {
         return Ok(());
     }
-    let fades: Vec<(f32, f32)> = (looks.elapsed.iter())
-        .map(|&n| (decay.mass.powf(f64::from(n)) as f32, decay.peak.powf(f64::from(n)) as f32))
+    let fades: Vec<[f32; 2]> = (looks.elapsed.iter())
+        .map(|&n| [decay.mass, decay.peak].map(|factor| normal(factor.powf(f64::from(n)) as f32)))
         .collect();
-    let per_probability = |factor: f64, age: i32| (factor.powf(f64::from(age)) / group as f64) as f32;
+    let per_probability = |factor: f64, age: i32| normal((factor.powf(f64::from(age)) / group as f64) as f32);
     let real: Vec<Vec<Query>> = (0..batch)
         .map(|b| {
             let ages = looks.ages.data()[b * queries..][..queries].iter().enumerate().filter(|&(_, &age)| age >= 0);
@@ -401,20 +418,20 @@ pub fn accumulate<T: Element>(
         let (sums, peaks) = results.split_at_mut(old_mass.len());
         let (worst, worst_score) = (AtomicU32::new(0), AtomicU32::new(0));
         let tiles = (sums.chunks_exact_mut(columns).zip(peaks.chunks_exact_mut(columns)).enumerate()).flat_map(
-            |(lane, (sums, peaks))| {
-                sums.chunks_mut(TILE).zip(peaks.chunks_mut(TILE)).enumerate().map(move |(t, s)| (lane, t * TILE, s))
+            |(head, (sums, peaks))| {
+                sums.chunks_mut(TILE).zip(peaks.chunks_mut(TILE)).enumerate().map(move |(t, s)| (head, t * TILE, s))
             },
         );
-        threads::for_each(threads, tiles, |(lane, first, (sums, peaks))| {
-            let b = lane / heads;
-            let here = lane * columns + first..lane * columns + first + sums.len();
+        threads::for_each(threads, tiles, |(head, first, (sums, peaks))| {
+            let row = head / heads;
+            let here = head * columns + first..head * columns + first + sums.len();
             let met = simd::dispatch(Tile {
-                probabilities: &probabilities[lane * group * queries * columns..][..group * queries * columns],
+                probabilities: &probabilities[head * group * queries * columns..][..group * queries * columns],
                 group,
                 columns,
                 first,
                 queries,
-                real: &real[b],
+                real: &real[row],
                 sums,
                 peaks,
             });
@@ -423,8 +440,8 @@ pub fn accumulate<T: Element>(
                 mass: &old_mass[here.clone()],
                 peak: &old_peak[here.clone()],
                 weights: looks.weights.map(|w| &w.data()[here]),
-                mass_fade: fades[b].0,
-                peak_fade: fades[b].1,
+                mass_fade: fades[row][0],
+                peak_fade: fades[row][1],
                 sums,
                 peaks,
             });
@@ -480,9 +497,8 @@ fn find_bad_probability<T: Element>(looks: &Looks<'_, T>) -> Result<()> {
 
 fn find_bad_score(name: &str, scores: &[f32], heads: usize, columns: usize) -> Result<()> {
     if let Some(i) = scores.iter().position(|&s| !valid(s)) {
-        let (lane, c) = (i / columns, i % columns);
-        let value = scores[i];
-        fail!(Score, "{name}[{}, {}, {c}] is {value}; it must be finite and not negative", lane / heads, lane % heads);
+        let ([b, head, c], value) = ([i / columns / heads, i / columns % heads, i % columns], scores[i]);
+        fail!(Score, "{name}[{b}, {head}, {c}] is {value}; it must be finite and not negative");
     }
     Ok(())
 }

@@ -34,7 +34,7 @@ impl Scratch {
         let Self { open, worth, ordinals, near, .. } = self;
         open.resize(n, 0);
         let pinned = if rule.adaptive { 0 } else { sinks };
-        let mut left = simd::dispatch(Open { head, pinned, recent, open })?;
+        let mut left = simd::dispatch(Contest { head, pinned, recent, open })?;
         // In this order: who is taken for one reason does not take a place for another.
         let chosen = if rule.adaptive { sinks } else { 0 };
         let contests: [(usize, &dyn Score); 4] =
@@ -71,14 +71,14 @@ impl Scratch {
 }
 
 /// Check the scores, and open the contest to all that are neither pinned sinks nor recent; returns how many that are.
-struct Open<'a> {
+struct Contest<'a> {
     head: &'a Head<'a>,
     pinned: usize,
     recent: usize,
     open: &'a mut [u8],
 }
 
-impl Work for Open<'_> {
+impl Work for Contest<'_> {
     type Output = Result<usize, BadScore>;
 
     #[inline(always)]

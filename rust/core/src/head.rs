@@ -3,10 +3,10 @@
 /// Bits of the largest finite float: a score that may be used has bits up to this, or those of -0.0.
 pub(crate) const FINITE: u32 = 0x7f7f_ffff;
 
-/// Whether a mass or a peak may be used.
+/// Whether a mass or a peak may be used; by its bits, since some threads take small numbers for 0.
 #[inline(always)]
 pub(crate) fn valid(score: f32) -> bool {
-    (0.0..=f32::MAX).contains(&score)
+    score.to_bits() <= FINITE || score.to_bits() == (-0.0f32).to_bits()
 }
 
 /// Which head, by number.

@@ -1,6 +1,7 @@
 //! What a token is worth when heavy hitters are chosen: one type per answer.
 
 use crate::head::Head;
+use crate::select::ordinal;
 use crate::simd::{self, Work};
 use crate::spec::Spec;
 
@@ -30,7 +31,7 @@ impl Score for Peak {
 
 /// How far its key points from the mean of all keys; worked out by the caller.
 ///
-/// Source: Park et al., "KeyDiff: Key Similarity-Based KV Cache Eviction", <https://arxiv.org/abs/2504.15364>.
+/// Source: Park et al., "`KeyDiff`: Key Similarity-Based KV Cache Eviction", <https://arxiv.org/abs/2504.15364>.
 pub(crate) struct Distinct;
 
 impl Score for Distinct {
@@ -41,7 +42,7 @@ impl Score for Distinct {
 
 /// The largest mass within so many positions of it, among the open candidates: what surrounds a token that was looked at stays with it.
 ///
-/// Source: Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation", <https://arxiv.org/abs/2404.14469>.
+/// Source: Li et al., "`SnapKV`: LLM Knows What You are Looking for Before Generation", <https://arxiv.org/abs/2404.14469>.
 pub(crate) struct Pooled(pub(crate) usize);
 
 impl Score for Pooled {
@@ -53,7 +54,7 @@ impl Score for Pooled {
         for (rank, &i) in order.iter().enumerate() {
             let around = &order[rank.saturating_sub(reach)..(rank + reach + 1).min(order.len())];
             let near = around.iter().filter(|&&j| positions[i].abs_diff(positions[j]) as usize <= reach);
-            out[i] = near.map(|&j| mass[j]).fold(0.0, f32::max);
+            out[i] = f32::from_bits(near.map(|&j| ordinal(mass[j])).fold(0, i32::max) as u32);
         }
     }
 }

@@ -90,3 +90,107 @@ pub fn cut(ordinals: &[i32], positions: &[i32], k: usize, field: Field, near: &m
     let from = tied.len() - under;
     Cut { ordinal, position: *tied.select_nth_unstable(from).1 }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::tests::everywhere;
+    use crate::simd::{Work, dispatch};
+
+    struct Chosen<'a> {
+        scores: &'a [f32],
+        positions: &'a [i32],
+        k: usize,
+        near: &'a mut i32,
+    }
+
+    impl Work for Chosen<'_> {
+        type Output = Vec<usize>;
+
+        #[inline(always)]
+        fn run<S: pulp::Simd>(self, _: S) -> Vec<usize> {
+            let Self { scores, positions, k, near } = self;
+            // Every seventh takes no part.
+            let ordinals: Vec<i32> =
+                (0..scores.len()).map(|i| if i % 7 == 6 { ABSENT } else { ordinal(scores[i]) }).collect();
+            let part = || ordinals.iter().copied().filter(|&ordinal| ordinal > ABSENT);
+            let field = Field { count: part().count(), least: part().min().unwrap(), most: part().max().unwrap() };
+            let cut = cut(&ordinals, positions, k, field, near);
+            (0..scores.len()).filter(|&i| cut.takes(ordinals[i], positions[i])).collect()
+        }
+    }
+
+    /// The first `k` of all that take part, sorted.
+    fn naive(scores: &[f32], positions: &[i32], k: usize) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..scores.len()).filter(|i| i % 7 != 6).collect();
+        order.sort_by(|&a, &b| scores[b].partial_cmp(&scores[a]).unwrap().then(positions[b].cmp(&positions[a])));
+        order.truncate(k);
+        order.sort_unstable();
+        order
+    }
+
+    fn check(scores: &[f32], k: usize, nears: &[i32]) {
+        let n = scores.len() as i32;
+        let positions: Vec<i32> = (0..n).map(|i| i * 7919 % 1_000_003).collect();
+        let naive = naive(scores, &positions, k);
+        everywhere(|| {
+            for mut near in nears.iter().copied() {
+                assert_eq!(dispatch(Chosen { scores, positions: &positions, k, near: &mut near }), naive);
+                // And once more from where that ended.
+                assert_eq!(dispatch(Chosen { scores, positions: &positions, k, near: &mut near }), naive);
+            }
+        });
+    }
+
+    const NEARS: [i32; 5] = [0, i32::MIN, i32::MAX, 0x3f00_0000, -0x3f00_0000];
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig {
+            cases: if cfg!(miri) { 4 } else { 256 },
+            failure_persistence: None,
+            ..Default::default()
+        })]
+
+        #[test]
+        fn agrees_with_sorting(
+            scores in proptest::collection::vec(
+                proptest::prop_oneof![
+                    proptest::prelude::Just(0.0f32), proptest::prelude::Just(-0.0), proptest::prelude::Just(0.25),
+                    -1.0f32..1.0, -1e-38f32..1e-38, proptest::prelude::Just(f32::MAX), proptest::prelude::Just(f32::MIN),
+                ],
+                3..if cfg!(miri) { 40 } else { 300 },
+            ),
+            part in 0.0f64..1.0,
+        ) {
+            let count = scores.len() - scores.len() / 7;
+            check(&scores, 1 + (part * (count - 1) as f64) as usize, &NEARS);
+        }
+    }
+
+    #[test]
+    fn any_distribution_is_searched() {
+        let n = if cfg!(miri) { 150 } else { 9000 };
+        let shapes: [fn(usize) -> f32; 6] = [
+            |i| (i * 7919 % 9001) as f32,
+            |i| (-((i * 31 % 97) as f32)).exp2(),
+            |_| 0.5,
+            |i| if i % 3 == 0 { -1e-30 } else { 1.0 + (i % 7) as f32 },
+            |i| if i % 50 == 0 { i as f32 } else { 0.0 },
+            |i| f32::from_bits(0x3f80_0000 + i as u32),
+        ];
+        for shape in shapes {
+            let scores: Vec<f32> = (0..n).map(shape).collect();
+            let count = n - n / 7;
+            for k in [1, 2, n / 20, n / 2, count - 40, count - 1] {
+                check(&scores, k, &NEARS[..2]);
+            }
+        }
+    }
+
+    #[test]
+    fn ordinals_compare_like_floats() {
+        let scores = [f32::MIN, -1.5, -1e-40, 0.0, 1e-45, 1e-40, 0.25, 3.0, f32::MAX];
+        assert!(scores.windows(2).all(|pair| ordinal(pair[0]) < ordinal(pair[1])));
+        assert!(ordinal(f32::MIN) > ABSENT && ordinal(-0.0) == ordinal(0.0));
+    }
+}

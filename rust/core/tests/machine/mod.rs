@@ -8,9 +8,9 @@ pub(crate) mod naive;
 
 use liquidfusion_core::Error;
 use liquidfusion_core::ledger::{ChunkScores, Ledger, Shape, Slots};
-use liquidfusion_core::policy::REGISTRY;
-use liquidfusion_core::sinks::Sinks;
-use liquidfusion_core::spec::{Request, Spec};
+use liquidfusion_core::params::{Name, Value};
+use liquidfusion_core::spec::Spec;
+use liquidfusion_core::strategy::STRATEGIES;
 use liquidfusion_core::view::{View, ViewMut};
 use naive::Head;
 
@@ -44,38 +44,39 @@ struct Machine {
     positions: Vec<i32>,
     mass: Vec<f32>,
     peak: Vec<f32>,
+    distinct: Vec<f32>,
     heads: Vec<Head>,
 }
 
 impl Machine {
     fn draw(choices: &mut Choices<'_>) -> Self {
-        let strategy = REGISTRY[choices.below(REGISTRY.len())];
+        let strategy = &STRATEGIES[choices.below(STRATEGIES.len())];
         let budget = 12 + choices.below(24);
         let sink_size = choices.below(5);
         let most = ((budget - sink_size) / 8).max(1);
-        let request = Request {
-            budget: Some(budget as i64),
-            sink_size: Some(sink_size as i64),
-            sink_update_rate: Some([0.0, 0.1, 0.5, 1.0][choices.below(4)]),
-            heavy_ratio: Some([0.2, 0.5, 1.0, 0.0][choices.below(4)]),
-            recent_ratio: Some([0.3, 0.5, 1.0][choices.below(3)]),
-            peak_ratio: Some([0.0, 0.5, 1.0][choices.below(3)]),
-            eviction_interval: Some(1 + choices.below(most) as i64),
-            sinks: Some([Sinks::Pinned, Sinks::Adaptive][choices.below(2)]),
-            age_half_life: Some([0, 5, 40, 300][choices.below(4)]),
-            ..Request::default()
-        };
-        let spec = Spec::new(strategy.name(), &request).unwrap();
+        let mut given = vec![
+            (Name::SinkSize, Value::Int(sink_size as i64)),
+            (Name::SinkUpdateRate, Value::Ratio([0.0, 0.1, 0.5, 1.0][choices.below(4)])),
+            (Name::HeavyRatio, Value::Ratio([0.2, 0.5, 1.0, 0.0][choices.below(4)])),
+            (Name::RecentRatio, Value::Ratio([0.3, 0.5, 1.0][choices.below(3)])),
+            (Name::DistinctRatio, Value::Ratio([0.0, 0.3, 1.0][choices.below(3)])),
+            (Name::PeakRatio, Value::Ratio([0.0, 0.5, 1.0][choices.below(3)])),
+            (Name::EvictionInterval, Value::Int(1 + choices.below(most) as i64)),
+            (Name::Sinks, Value::Choice(["pinned", "adaptive"][choices.below(2)])),
+            (Name::AgeHalfLife, Value::Int([0, 5, 40, 300][choices.below(4)])),
+        ];
+        given.retain(|&(name, _)| strategy.listens(name));
+        let spec = Spec::new(strategy.name, Some(budget as i64), &given).unwrap();
         let slots = spec.budget().unwrap_or(budget);
         let shape =
-            Shape { layers: 1 + choices.below(2), batch: 1 + choices.below(3), heads: 1 + choices.below(2), slots };
-        let lanes = shape.layers * shape.batch * shape.heads;
-        let n = lanes * slots;
+            Shape { layers: 1 + choices.below(2), rows: 1 + choices.below(3), kv_heads: 1 + choices.below(2), slots };
+        let n = shape.layers * shape.rows * shape.kv_heads * slots;
         Self {
             ledger: Ledger::new(spec.clone(), shape, 1 + choices.below(3)).unwrap(),
             positions: vec![-1; n],
             mass: vec![0.0; n],
             peak: vec![0.0; n],
+            distinct: vec![0.0; n],
             heads: Self::fresh(&spec, shape),
             spec,
             shape,
@@ -83,99 +84,106 @@ impl Machine {
     }
 
     fn fresh(spec: &Spec, shape: Shape) -> Vec<Head> {
-        let Shape { layers, batch, heads, slots } = shape;
-        (0..layers * batch * heads).map(|lane| Head::new(spec, slots, (lane / heads / batch, lane % heads))).collect()
+        let Shape { layers, rows, kv_heads, slots } = shape;
+        (0..layers * rows * kv_heads)
+            .map(|head| Head::new(spec, slots, (head / kv_heads / rows, head % kv_heads)))
+            .collect()
     }
 
     fn slots(&mut self) -> (&mut Ledger, Slots<'_>) {
-        let scores = self.spec.strategy().scored().then_some((&mut self.mass[..], &mut self.peak[..]));
+        let scores = self.spec.strategy().scored.then_some((&mut self.mass[..], &mut self.peak[..]));
         (&mut self.ledger, Slots { positions: &mut self.positions, scores })
     }
 
-    fn row(&self, lane: usize) -> usize {
-        lane / self.shape.heads % self.shape.batch
+    fn row(&self, head: usize) -> usize {
+        head / self.shape.kv_heads % self.shape.rows
     }
 
-    fn call(&mut self, lengths: &[usize], choices: &mut Choices<'_>) {
-        let Shape { layers, batch, heads, slots } = self.shape;
-        if !self.spec.strategy().bounded() {
+    /// One call; `lengths` are per row of the ledger, `None` for rows that are no part of it.
+    fn call(&mut self, lengths: &[Option<usize>], choices: &mut Choices<'_>) {
+        if !self.spec.strategy().bounded {
             self.grow(lengths);
         }
-        let slots = self.shape.slots.max(slots);
-        let signed: Vec<i64> = lengths.iter().map(|&n| n as i64).collect();
-        let mut chosen = vec![-7; layers * batch * heads];
+        let Shape { layers, kv_heads, slots, .. } = self.shape;
+        let mut rows: Vec<usize> = (0..lengths.len()).filter(|&row| lengths[row].is_some()).collect();
+        if choices.below(2) == 0 {
+            rows.reverse();
+        }
+        let signed: Vec<i64> = rows.iter().map(|&row| lengths[row].unwrap() as i64).collect();
+        let named: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
+        let named = (rows.len() < lengths.len() || rows.windows(2).any(|two| two[0] > two[1])).then_some(&named[..]);
+        let mut chosen = vec![-7; layers * rows.len() * kv_heads];
         let (ledger, mut tensors) = self.slots();
-        ledger
-            .begin(&mut tensors, &signed, &mut ViewMut::new("slots", &mut chosen, [layers, batch, heads]).unwrap())
-            .unwrap();
-        for (lane, &slot) in chosen.iter().enumerate() {
-            if lengths[self.row(lane)] == 1 {
-                assert_eq!(slot, self.heads[lane].decode() as i64);
-            } else {
-                assert_eq!(slot, -1);
-            }
+        let mut out = ViewMut::new("slots", &mut chosen, [layers, rows.len(), kv_heads]).unwrap();
+        ledger.begin(&mut tensors, &signed, named, &mut out).unwrap();
+        for (i, &slot) in chosen.iter().enumerate() {
+            let (layer, row) = (i / kv_heads / rows.len(), rows[i / kv_heads % rows.len()]);
+            let head = &mut self.heads[(layer * lengths.len() + row) * kv_heads + i % kv_heads];
+            assert_eq!(slot, if lengths[row] == Some(1) { head.decode() as i64 } else { -1 });
         }
         // Every stored token is looked at anew.
-        for (lane, slot) in (0..self.heads.len()).flat_map(|lane| (0..slots).map(move |slot| (lane, slot))) {
-            let i = lane * slots + slot;
-            if self.positions[i] >= 0 && lengths[self.row(lane)] == 1 {
+        for (head, slot) in (0..self.heads.len()).flat_map(|head| (0..slots).map(move |slot| (head, slot))) {
+            let i = head * slots + slot;
+            if self.positions[i] >= 0 && lengths[self.row(head)] == Some(1) {
                 (self.mass[i], self.peak[i]) = (choices.score(), choices.score());
-                self.heads[lane].look(slot, self.mass[i], self.peak[i]);
+                self.heads[head].look(slot, self.mass[i], self.peak[i]);
             }
         }
-        if lengths.iter().any(|&n| n > 1) {
+        if lengths.iter().any(|&n| n > Some(1)) {
             for layer in 0..layers {
-                self.chunk(layer, lengths, choices);
+                self.chunk(layer, lengths, &rows, choices);
             }
         }
+        self.distinct = (0..self.positions.len()).map(|_| choices.score() - 0.2).collect();
         if choices.below(4) == 0 {
             self.spoil(choices);
         }
+        let distinct = self.distinct.clone();
+        let distinct = View::new("distinct", &distinct, self.shape.dims()).unwrap();
         let (ledger, tensors) = self.slots();
-        let victims = ledger.finish(&tensors).unwrap();
+        let victims = ledger.finish(&tensors, Some(distinct)).unwrap();
         let mut expected = 0;
-        for lane in 0..self.heads.len() {
-            if lengths[self.row(lane)] > 0 {
-                expected += self.heads[lane].watermark() as u64;
+        for head in 0..self.heads.len() {
+            if lengths[self.row(head)].is_some_and(|n| n > 0) {
+                expected += self.heads[head].watermark(&self.distinct[head * slots..][..slots]) as u64;
             }
         }
         assert_eq!(victims, expected);
     }
 
-    fn chunk(&mut self, layer: usize, lengths: &[usize], choices: &mut Choices<'_>) {
-        let Shape { batch, heads, slots, .. } = self.shape;
+    fn chunk(&mut self, layer: usize, lengths: &[Option<usize>], rows: &[usize], choices: &mut Choices<'_>) {
+        let Shape { kv_heads, slots, .. } = self.shape;
+        let lengths: Vec<usize> = rows.iter().map(|&row| lengths[row].unwrap()).collect();
         let n = lengths.iter().max().unwrap() + choices.below(3);
-        let mut columns = vec![-1; batch * n];
-        for (b, &length) in lengths.iter().enumerate() {
+        let mut ranks = vec![-1; rows.len() * n];
+        for (i, &length) in lengths.iter().enumerate() {
             let padding = choices.below(n - length + 1);
             for rank in 0..length {
-                columns[b * n + padding + rank] = rank as i32;
+                ranks[i * n + padding + rank] = rank as i32;
             }
         }
         let wide = slots + n;
-        let mut draw = || (0..batch * heads * wide).map(|_| choices.score()).collect::<Vec<_>>();
-        let (mass, peak) = (draw(), draw());
-        let mut source = vec![-7; batch * heads * slots];
-        let wanted = self.spec.strategy().scored();
+        let mut draw = || (0..rows.len() * kv_heads * wide).map(|_| choices.score()).collect::<Vec<_>>();
+        let (mass, peak, mut distinct) = (draw(), draw(), draw());
+        distinct.iter_mut().for_each(|distinct| *distinct -= 0.2);
+        let mut source = vec![-7; rows.len() * kv_heads * slots];
+        let wanted = self.spec.strategy().scored;
         let (ledger, mut tensors) = self.slots();
-        let view = |data| View::new("scores", data, [batch, heads, wide]).unwrap();
-        let scores = wanted.then(|| ChunkScores { mass: view(&mass), peak: view(&peak) });
-        let columns_view = View::new("columns", &columns, [batch, n]).unwrap();
-        let mut source_view = ViewMut::new("source", &mut source, [batch, heads, slots]).unwrap();
-        ledger.chunk(&mut tensors, layer, columns_view, scores, &mut source_view).unwrap();
-        for b in 0..batch {
-            for h in 0..heads {
-                let (lane, i) = ((layer * batch + b) * heads + h, b * heads + h);
-                let source = &source[i * slots..][..slots];
-                if lengths[b] < 2 {
-                    assert!(source.iter().all(|&c| c == -1));
-                    continue;
-                }
-                let range = i * wide..(i + 1) * wide;
-                let columns = &columns[b * n..][..n];
-                let expected = self.heads[lane].chunk(columns, lengths[b], &mass[range.clone()], &peak[range]);
-                assert_eq!(source, expected);
+        let view = |data| View::new("scores", data, [rows.len(), kv_heads, wide]).unwrap();
+        let known = ChunkScores { scores: wanted.then(|| (view(&mass), view(&peak))), distinct: Some(view(&distinct)) };
+        let ranks_view = View::new("columns", &ranks, [rows.len(), n]).unwrap();
+        let mut source_view = ViewMut::new("source", &mut source, [rows.len(), kv_heads, slots]).unwrap();
+        ledger.chunk(&mut tensors, layer, ranks_view, known, &mut source_view).unwrap();
+        for (i, source) in source.chunks(slots).enumerate() {
+            let (row, kv_head) = (i / kv_heads, i % kv_heads);
+            if lengths[row] < 2 {
+                assert!(source.iter().all(|&column| column == -1));
+                continue;
             }
+            let head = &mut self.heads[(layer * self.shape.rows + rows[row]) * kv_heads + kv_head];
+            let range = i * wide..(i + 1) * wide;
+            let scores = [&mass[range.clone()], &peak[range.clone()], &distinct[range]];
+            assert_eq!(source, head.chunk(&ranks[row * n..][..n], lengths[row], scores));
         }
     }
 
@@ -183,11 +191,13 @@ impl Machine {
     fn spoil(&mut self, choices: &mut Choices<'_>) {
         let i = choices.below(self.mass.len());
         let bad = [f32::NAN, f32::INFINITY, -1.0][choices.below(3)];
-        let (kept, before) = (self.mass[i], self.ledger.clone());
-        self.mass[i] = bad;
+        let (kept, before) = ((self.mass[i], self.distinct[i]), self.ledger.clone());
+        (self.mass[i], self.distinct[i]) = (bad, f32::NAN);
         let positions = self.positions.clone();
+        let distinct = self.distinct.clone();
+        let distinct = View::new("distinct", &distinct, self.shape.dims()).unwrap();
         let (ledger, tensors) = self.slots();
-        match ledger.finish(&tensors) {
+        match ledger.finish(&tensors, Some(distinct)) {
             // That the queues are as before, the next finish shows.
             Err(Error::Score(_)) => {
                 assert_eq!(self.ledger.queue_lengths(), before.queue_lengths());
@@ -199,12 +209,12 @@ impl Machine {
             Err(error) => panic!("{error}"),
         }
         assert_eq!(positions, self.positions);
-        self.mass[i] = kept;
+        (self.mass[i], self.distinct[i]) = kept;
     }
 
-    fn grow(&mut self, lengths: &[usize]) {
+    fn grow(&mut self, lengths: &[Option<usize>]) {
         let old = self.shape.slots;
-        let needed = lengths.iter().zip(self.ledger.seen()).map(|(n, seen)| n + seen).max().unwrap();
+        let needed = lengths.iter().zip(self.ledger.seen()).map(|(n, seen)| n.unwrap_or(0) + seen).max().unwrap();
         if needed <= old {
             return;
         }
@@ -223,18 +233,50 @@ impl Machine {
     }
 
     fn reorder(&mut self, choices: &mut Choices<'_>) {
-        let Shape { layers, batch, heads, slots } = self.shape;
-        let rows: Vec<usize> = (0..batch).map(|_| choices.below(batch)).collect();
-        self.ledger.reorder(&rows.iter().map(|&r| r as i64).collect::<Vec<_>>()).unwrap();
-        let old = (self.heads.clone(), self.positions.clone(), self.mass.clone(), self.peak.clone());
-        for lane in 0..layers * batch * heads {
-            let (layer, b, h) = (lane / heads / batch, self.row(lane), lane % heads);
-            let from = (layer * batch + rows[b]) * heads + h;
-            self.heads[lane] = old.0[from].clone();
-            let (to, from) = (lane * slots..(lane + 1) * slots, from * slots..(from + 1) * slots);
-            self.positions[to.clone()].copy_from_slice(&old.1[from.clone()]);
-            self.mass[to.clone()].copy_from_slice(&old.2[from.clone()]);
-            self.peak[to].copy_from_slice(&old.3[from]);
+        let rows: Vec<usize> = (0..self.shape.rows).map(|_| choices.below(self.shape.rows)).collect();
+        self.ledger.reorder(&rows.iter().map(|&row| row as i64).collect::<Vec<_>>()).unwrap();
+        let old = (self.positions.clone(), self.mass.clone(), self.peak.clone());
+        self.take_rows(&rows);
+        let Shape { slots, .. } = self.shape;
+        for head in 0..self.heads.len() {
+            let (to, from) = (head * slots..(head + 1) * slots, self.other(head, rows[self.row(head)]) * slots);
+            let from = from..from + slots;
+            self.positions[to.clone()].copy_from_slice(&old.0[from.clone()]);
+            self.mass[to.clone()].copy_from_slice(&old.1[from.clone()]);
+            self.peak[to].copy_from_slice(&old.2[from]);
+        }
+    }
+
+    /// The head of another row that is otherwise where `head` is.
+    fn other(&self, head: usize, row: usize) -> usize {
+        let Shape { rows, kv_heads, .. } = self.shape;
+        (head / kv_heads / rows * rows + row) * kv_heads + head % kv_heads
+    }
+
+    /// The naive heads of row `i` become those of row `rows[i]`.
+    fn take_rows(&mut self, rows: &[usize]) {
+        let old = self.heads.clone();
+        for head in 0..old.len() {
+            self.heads[head] = old[self.other(head, rows[self.row(head)])].clone();
+        }
+    }
+
+    fn copy_row(&mut self, choices: &mut Choices<'_>) {
+        let (source, target) = (choices.below(self.shape.rows), choices.below(self.shape.rows));
+        let (ledger, mut tensors) = self.slots();
+        ledger.copy_row(&mut tensors, source as i64, target as i64).unwrap();
+        let rows: Vec<usize> = (0..self.shape.rows).map(|row| if row == target { source } else { row }).collect();
+        self.take_rows(&rows);
+    }
+
+    fn release(&mut self, choices: &mut Choices<'_>) {
+        let row = choices.below(self.shape.rows);
+        let (ledger, mut tensors) = self.slots();
+        ledger.release(&mut tensors, row as i64).unwrap();
+        for (head, fresh) in Self::fresh(&self.spec, self.shape).into_iter().enumerate() {
+            if self.row(head) == row {
+                self.heads[head] = fresh;
+            }
         }
     }
 
@@ -244,12 +286,17 @@ impl Machine {
         queues
     }
 
-    /// A ledger made from what was saved goes on as if nothing had happened.
+    /// A ledger made from what was saved, row by row, goes on as if nothing had happened.
     fn restore(&mut self) {
-        let queues = self.queues();
-        let seen: Vec<i64> = self.ledger.seen().iter().map(|&n| n as i64).collect();
+        let (queues, Shape { layers, rows, kv_heads, slots }) = (self.queues(), self.shape);
         let mut fresh = Ledger::new(self.spec.clone(), self.shape, 1).unwrap();
-        fresh.restore(&self.positions, View::new("queues", &queues, self.shape.dims()).unwrap(), &seen).unwrap();
+        for row in (0..rows).rev() {
+            let of_row = |(head, _): &(usize, &[i32])| head / kv_heads % rows == row;
+            let queues: Vec<i32> =
+                queues.chunks(slots).enumerate().filter(of_row).flat_map(|(_, queue)| queue.to_vec()).collect();
+            let queues = View::new("queues", &queues, [layers, 1, kv_heads, slots]).unwrap();
+            fresh.restore(&self.positions, queues, &[self.ledger.seen()[row] as i64], Some(&[row as i64])).unwrap();
+        }
         self.ledger = fresh;
     }
 
@@ -261,14 +308,14 @@ impl Machine {
 
     fn check(&self) {
         let queues = self.queues();
-        let bounded = self.spec.strategy().bounded();
-        for (lane, head) in self.heads.iter().enumerate() {
-            let here = lane * self.shape.slots..(lane + 1) * self.shape.slots;
+        let bounded = self.spec.strategy().bounded;
+        for (number, head) in self.heads.iter().enumerate() {
+            let here = number * self.shape.slots..(number + 1) * self.shape.slots;
             let positions = &self.positions[here.clone()];
             assert_eq!(positions, head.positions());
             let queue: Vec<usize> = queues[here].iter().filter(|&&s| s >= 0).map(|&s| s as usize).collect();
             assert_eq!(queue, head.queue());
-            let seen = self.ledger.seen()[self.row(lane)];
+            let seen = self.ledger.seen()[self.row(number)];
             assert_eq!(seen, head.seen());
 
             let mut stored: Vec<usize> = positions.iter().filter(|&&p| p >= 0).map(|&p| p as usize).collect();
@@ -282,7 +329,7 @@ impl Machine {
             let recent =
                 if bounded { self.spec.split(self.shape.slots - 2 * self.spec.interval()).recent } else { seen };
             assert!((seen.saturating_sub(recent)..seen).all(|p| stored.contains(&p)));
-            if self.spec.sinks() == Sinks::Pinned {
+            if !self.spec.adaptive() {
                 assert!((0..split.sinks.min(seen)).all(|p| stored.contains(&p)));
             }
         }
@@ -293,7 +340,7 @@ impl Machine {
 pub(crate) fn run(bytes: &[u8]) {
     let mut choices = Choices(bytes);
     let mut machine = Machine::draw(&mut choices);
-    let batch = machine.shape.batch;
+    let rows = machine.shape.rows;
     let mut steps = 0;
     while !choices.0.is_empty() && steps < 200 {
         steps += 1;
@@ -301,12 +348,15 @@ pub(crate) fn run(bytes: &[u8]) {
             0 => machine.reset(),
             1 => machine.reorder(&mut choices),
             2 => machine.restore(),
-            3..=5 => {
-                let lengths: Vec<usize> = (0..batch).map(|_| choices.below(50)).collect();
-                machine.call(&lengths, &mut choices);
-            }
-            _ => {
-                let lengths: Vec<usize> = (0..batch).map(|_| usize::from(choices.below(8) > 0)).collect();
+            3 => machine.copy_row(&mut choices),
+            4 => machine.release(&mut choices),
+            kind => {
+                let lengths: Vec<Option<usize>> = (0..rows)
+                    .map(|_| {
+                        let length = if kind < 8 { choices.below(50) } else { usize::from(choices.below(8) > 0) };
+                        (choices.below(8) > 0).then_some(length)
+                    })
+                    .collect();
                 machine.call(&lengths, &mut choices);
             }
         }

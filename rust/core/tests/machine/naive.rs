@@ -1,14 +1,15 @@
 //! One (layer, row, head) by the rules of the design, with lists and sorting; shares nothing with the crate but the parameters.
 
-use liquidfusion_core::sinks::Sinks;
+use liquidfusion_core::params::Name;
 use liquidfusion_core::spec::Spec;
-use liquidfusion_core::worth::Worth;
+use liquidfusion_core::strategy::Heavy;
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Token {
     position: usize,
     mass: f32,
     peak: f32,
+    distinct: f32,
 }
 
 /// Slots, queue and counter of one head.
@@ -57,7 +58,7 @@ impl Head {
     /// One new token; returns its slot.
     pub(crate) fn decode(&mut self) -> usize {
         let slot = self.queue.remove(0);
-        self.slots[slot] = Some(Token { position: self.seen, mass: 0.0, peak: 0.0 });
+        self.slots[slot] = Some(Token { position: self.seen, mass: 0.0, peak: 0.0, distinct: 0.0 });
         self.seen += 1;
         slot
     }
@@ -68,18 +69,18 @@ impl Head {
     }
 
     /// Several new tokens; returns the column that goes into each slot, or -1.
-    pub(crate) fn chunk(&mut self, columns: &[i32], new: usize, mass: &[f32], peak: &[f32]) -> Vec<i32> {
+    pub(crate) fn chunk(&mut self, ranks: &[i32], new: usize, [mass, peak, distinct]: [&[f32]; 3]) -> Vec<i32> {
         let slots = self.slots.len();
         for (slot, token) in self.slots.iter_mut().enumerate() {
             if let Some(token) = token {
-                (token.mass, token.peak) = (mass[slot], peak[slot]);
+                (token.mass, token.peak, token.distinct) = (mass[slot], peak[slot], distinct[slot]);
             }
         }
-        let fresh: Vec<(i32, Token)> = (columns.iter().enumerate())
+        let fresh: Vec<(i32, Token)> = (ranks.iter().enumerate())
             .filter(|(_, rank)| **rank >= 0)
             .map(|(column, &rank)| {
                 let (position, i) = (self.seen + rank as usize, slots + column);
-                (column as i32, Token { position, mass: mass[i], peak: peak[i] })
+                (column as i32, Token { position, mass: mass[i], peak: peak[i], distinct: distinct[i] })
             })
             .collect();
         self.seen += new;
@@ -106,9 +107,14 @@ impl Head {
     }
 
     /// Choose the next victims if few slots are queued; returns how many.
-    pub(crate) fn watermark(&mut self) -> usize {
+    pub(crate) fn watermark(&mut self, distinct: &[f32]) -> usize {
+        for (token, &distinct) in self.slots.iter_mut().zip(distinct) {
+            if let Some(token) = token {
+                token.distinct = distinct;
+            }
+        }
         let interval = self.spec.interval();
-        if !self.spec.strategy().bounded() || self.queue.len() > interval {
+        if !self.spec.strategy().bounded || self.queue.len() > interval {
             return 0;
         }
         let due = 2 * interval - self.queue.len();
@@ -127,30 +133,34 @@ impl Head {
 
     /// The `count` tokens that stay.
     fn keep(&self, candidates: &[Token], count: usize) -> Vec<Token> {
-        let p = self.spec.parameters();
-        let sinks = p.sink_size.unwrap_or(0).min(count - 1);
+        let p = self.spec.values();
+        let sinks = p.int(Name::SinkSize).unwrap_or(0).min(count - 1);
         let rest = count - sinks;
-        let (recent, peaks, masses) = if let (Some(heavy), Some(recent)) = (p.heavy_ratio, p.recent_ratio) {
-            let recent = round_half_up(rest as f64 * recent / (heavy + recent)).max(1);
-            let peaks = round_half_up((rest - recent) as f64 * p.peak_ratio.unwrap_or(0.0));
-            (recent, peaks, rest - recent - peaks)
-        } else {
-            // Nothing to set: the strategy's own numbers, which tests of theirs check.
-            let split = self.spec.split(count);
-            (split.recent, split.peak, split.mass)
-        };
+        let (recent, distincts, peaks, masses) =
+            if let (Some(heavy), Some(recent)) = (p.ratio(Name::HeavyRatio), p.ratio(Name::RecentRatio)) {
+                let recent = round_half_up(rest as f64 * recent / (heavy + recent)).max(1);
+                let distincts = round_half_up((rest - recent) as f64 * p.ratio(Name::DistinctRatio).unwrap_or(0.0));
+                let peaks = round_half_up((rest - recent) as f64 * p.ratio(Name::PeakRatio).unwrap_or(0.0));
+                let peaks = peaks.min(rest - recent - distincts);
+                (recent, distincts, peaks, rest - recent - distincts - peaks)
+            } else {
+                // Nothing to set: the strategy's own numbers, which tests of theirs check.
+                let split = self.spec.split(count);
+                (split.recent, split.distinct, split.peak, split.mass)
+            };
         let mut left = candidates.to_vec();
         left.sort_by_key(|token| token.position);
         let mut kept = Vec::new();
-        if self.spec.sinks() == Sinks::Pinned {
+        if !self.spec.adaptive() {
             let first = left.iter().take_while(|token| token.position < sinks).count();
             kept.extend(left.drain(..first));
-            let newest = count - kept.len() - peaks - masses;
+            let newest = count - kept.len() - distincts - peaks - masses;
             kept.extend(left.drain(left.len() - newest..));
         } else {
             kept.extend(left.drain(left.len() - recent..));
             take(&mut left, &mut kept, sinks, |token| self.judged(token));
         }
+        take(&mut left, &mut kept, distincts, |token| token.distinct);
         take(&mut left, &mut kept, peaks, |token| token.peak);
         let contenders = left.clone();
         take(&mut left, &mut kept, masses, |token| self.worth(token, &contenders));
@@ -159,13 +169,13 @@ impl Head {
 
     /// What the token is worth among those that contend with it.
     fn worth(&self, token: &Token, contenders: &[Token]) -> f32 {
-        match self.spec.worth() {
-            Worth::Mass => self.judged(token),
-            Worth::Pooled(reach) => (contenders.iter())
+        match self.spec.strategy().heavy {
+            Heavy::Mass => self.judged(token),
+            Heavy::Pooled(reach) => (contenders.iter())
                 .filter(|other| token.position.abs_diff(other.position) <= reach)
                 .map(|other| other.mass)
                 .fold(0.0, f32::max),
-            Worth::Random => {
+            Heavy::Drawn => {
                 // splitmix64, stepped to where the token's number is: one step for each number before it, all at once.
                 let steps = ((self.place.0 as u64) << 48) + ((self.place.1 as u64) << 32) + token.position as u64 + 1;
                 let state = steps.wrapping_mul(0x9E37_79B9_7F4A_7C15);
