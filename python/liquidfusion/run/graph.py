@@ -124,6 +124,7 @@ class Graph:
             self._ids = torch.zeros((batch, 1), dtype=torch.int64, device=self.device)
             self._positions = torch.zeros((batch, 1), dtype=torch.int64, device=self.device)
         self._staging: Tensor | None = None
+        self._distinct: Tensor | None = None  # of the decision under way
         if self._gpu:
             self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             self._scores_copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -302,7 +303,9 @@ class Graph:
     def _decide(self) -> None:
         """At a watermark: let the host's ledger catch up and, where a queue runs low, start copying the scores."""
         self._replay(last_open=True)
-        if self.spec.scored and self.ledger.due():
+        due = bool(self.ledger.due())
+        self._distinct = self.group.distinctness() if due and self.spec.distinct else None
+        if self.spec.scored and due:
             self._deciding = True
             self._copy_scores()
             if not self.run.overlap or not self._gpu:
@@ -310,7 +313,7 @@ class Graph:
             else:
                 self._due = self._steps + 2 * self.spec.interval  # set for good when the decision is joined
         else:
-            self.ledger.finish()
+            self.ledger.finish(self._distinct)
             if self._gpu:
                 # The host may be ahead: the ring is written once the step launched last has read its entry.
                 self._copies.wait_stream(torch.cuda.current_stream(self.device))
@@ -341,7 +344,7 @@ class Graph:
         self._deciding = False
         if self._gpu:
             self._scores_copied.synchronize()
-        self.ledger.finish()
+        self.ledger.finish(self._distinct)
         self._refill()
 
     def _refill(self) -> None:

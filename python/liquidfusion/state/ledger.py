@@ -209,10 +209,8 @@ class Ledger:
         self.core.finish(distinct)
 
     def due(self) -> list[int]:
-        """Rows that need new victims now."""
-        if not self.spec.bounded:
-            return []
-        return [row for row, length in enumerate(self.core.queue_lengths()) if length <= self.spec.interval]
+        """Rows of the running call that get new victims when it ends."""
+        return self.core.due()
 
     def staying(self) -> Tensor:
         """Which slots hold a token that is not waiting to be overwritten: bool `[layers, batch, kv_heads, slots]`."""

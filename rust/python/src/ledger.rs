@@ -217,6 +217,11 @@ impl PyLedger {
         released(py, || state.ledger.peek(&skip, &mut ViewMut::new("out", out.slice_mut(), shape)?))
     }
 
+    /// Rows of the running call that choose their next victims when it ends.
+    fn due(&self, py: Python<'_>) -> Vec<usize> {
+        self.lock(py).ledger.due()
+    }
+
     /// Length of each row's queues.
     fn queue_lengths(&self, py: Python<'_>) -> Vec<usize> {
         self.lock(py).ledger.queue_lengths()

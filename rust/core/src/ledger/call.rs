@@ -87,16 +87,10 @@ impl Ledger {
         }
         let distinct = needed(&self.spec, distinct, self.shape.dims())?;
         // Each row's ring once its chunk counts, and how many victims join it.
-        let interval = self.spec.interval();
-        let mut rings = self.rings.clone();
+        let mut rings: Vec<Ring> = (0..self.shape.rows).map(|row| self.ring(row)).collect();
         let mut due = vec![0; self.shape.rows];
-        for (&row, &length) in call.rows.iter().zip(&call.lengths) {
-            if length > 1 {
-                rings[row] = Ring { start: 0, len: self.shape.slots - self.stored(self.seen[row]) };
-            }
-            if self.spec.strategy().bounded && length > 0 && rings[row].len <= interval {
-                due[row] = 2 * interval - rings[row].len;
-            }
+        for row in self.due() {
+            due[row] = 2 * self.spec.interval() - rings[row].len;
         }
         if due.iter().any(|&victims| victims > 0) {
             self.choose(slots, distinct, &rings, &due)?;

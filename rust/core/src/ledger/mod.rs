@@ -101,6 +101,15 @@ struct Call {
     decided: Vec<bool>,
 }
 
+impl Call {
+    /// Real tokens that a row of the ledger gets.
+    fn length(&self, row: usize) -> usize {
+        // As a rule all rows take part, in order.
+        let own = if self.rows.get(row) == Some(&row) { Some(row) } else { self.rows.iter().position(|&r| r == row) };
+        own.map_or(0, |i| self.lengths[i])
+    }
+}
+
 /// What is in use of a row's queues, which are rings: all heads of a row advance together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Ring {
@@ -187,7 +196,6 @@ impl Ledger {
 
     /// Copy queue entries `skip[row]` and following into `out` (`[layers, rows, kv_heads, n]`), -1 beyond the end.
     pub fn peek(&self, skip: &[i64], out: &mut ViewMut<'_, i32, 4>) -> Result<()> {
-        self.idle("peek")?;
         let Shape { layers, rows, kv_heads, .. } = self.shape;
         let n = out.shape()[3];
         out.expect("out", [layers, rows, kv_heads, n])?;
@@ -235,9 +243,23 @@ impl Ledger {
 
     /// The queue of one head.
     fn queue(&self, head: usize) -> impl ExactSizeIterator<Item = i32> {
-        let Ring { start, len } = self.rings[self.shape.place(head).row];
+        let Ring { start, len } = self.ring(self.shape.place(head).row);
         let entries = &self.queues[self.shape.of(head)];
         (0..len).map(move |i| entries[wrap(start + i, entries.len())])
+    }
+
+    /// A row's ring, as a chunk of the running call leaves it.
+    fn ring(&self, row: usize) -> Ring {
+        let chunk = self.call.as_ref().is_some_and(|call| call.length(row) > 1);
+        if chunk { Ring { start: 0, len: self.shape.slots - self.stored(self.seen[row]) } } else { self.rings[row] }
+    }
+
+    /// Rows of the running call that choose their next victims when it ends.
+    #[must_use]
+    pub fn due(&self) -> Vec<usize> {
+        let Some(call) = &self.call else { return Vec::new() };
+        let low = |row: &usize| call.length(*row) > 0 && self.ring(*row).len <= self.spec.interval();
+        if self.spec.strategy().bounded { call.rows.iter().copied().filter(low).collect() } else { Vec::new() }
     }
 
     /// Tokens a row stores after so many: all of them, or its budget.
