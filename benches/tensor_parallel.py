@@ -32,11 +32,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 import liquidfusion as lf
-from liquidfusion.bench import speed
+from liquidfusion.bench.jobs.shapes import SHAPES
 from liquidfusion.cache import make_spec
 from liquidfusion.install import cache_keyword
 
-LLAMA_31_8B = {name: value for name, value in speed.SHAPES["llama-3.1-8b"].items() if name != "model_type"}
+LLAMA_31_8B = {name: value for name, value in SHAPES["llama-3.1-8b"].items() if name != "model_type"}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": LLAMA_31_8B,
     "llama-3.1-70b": LLAMA_31_8B
