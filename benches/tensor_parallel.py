@@ -26,16 +26,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from liquidfusion.cache import make_spec
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 import liquidfusion as lf
-from liquidfusion.bench import speed
+from liquidfusion.bench.jobs.shapes import SHAPES
 
-LLAMA_31_8B = {name: value for name, value in speed.SHAPES["llama-3.1-8b"].items() if name != "model_type"}
+LLAMA_31_8B = {name: value for name, value in SHAPES["llama-3.1-8b"].items() if name != "model_type"}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": LLAMA_31_8B,
     "llama-3.1-70b": LLAMA_31_8B
@@ -325,7 +324,7 @@ def refuse(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.device == "cuda" and here > gpus:
         parser.error(f"{here} processes need {here} GPUs, {gpus} found")
     try:
-        make_spec(args.strategy, args.budget)
+        lf.Strategy(args.strategy).spec(args.budget)
     except lf.ConfigError as error:
         parser.error(str(error))
 

@@ -14,10 +14,10 @@ import torch
 from transformers import TextStreamer
 
 from benchmodel import directory, loaded
-from liquidfusion.bench import chatting
 from liquidfusion.bench.caches import CacheOptions
-from liquidfusion.bench.chatting import Chat
 from liquidfusion.bench.cli import main
+from liquidfusion.bench.jobs import chatting
+from liquidfusion.bench.jobs.chatting import Chat
 from liquidfusion.bench.models import Loaded
 from liquidfusion.exceptions import ConfigError
 

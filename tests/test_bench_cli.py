@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from benchmodel import directory
-from liquidfusion import _core
-from liquidfusion.bench import models, results, runner, speed
+from liquidfusion import _core, files
+from liquidfusion.bench import models, runner
 from liquidfusion.bench.cli import main
+from liquidfusion.bench.jobs import shapes
 
 SPEED = ["speed", "--shape", "custom", "--device", "cpu", "--budget", "16", "--contexts", "32", "--prefill", "32"]
 STRATEGIES = [entry["name"] for entry in _core.strategies()]
@@ -174,7 +175,7 @@ def test_output_that_cannot_be_written(
         raise AssertionError("that must be told before any work")
 
     monkeypatch.setattr(models, "load", worked)
-    monkeypatch.setattr(speed, "build", worked)
+    monkeypatch.setattr(shapes, "build", worked)
     (tmp_path / "file").touch()
     assert write(command, tmp_path / "file") == 1
     assert re.fullmatch(f"error: {tmp_path}/file: .*\n", capsys.readouterr().err)
@@ -187,7 +188,7 @@ def test_full_disk_leaves_no_torn_file(
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(results.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     assert write(command, tmp_path) == 1
     assert re.fullmatch(f"error: {tmp_path}/[^ .]*.*: No space left on device\n", capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
@@ -199,7 +200,7 @@ def test_full_disk_does_not_swallow_what_was_measured(
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(results.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     assert run("--prompt", "hello", "--max-tokens", "2", "--json", out=tmp_path) == 1
     assert json.loads(capsys.readouterr().out)["metrics"]
     assert run("--prompt", "hello", "--max-tokens", "3", out=tmp_path) == 1

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmodel import directory
-from liquidfusion.bench import experiments
 from liquidfusion.bench.cli import main
+from liquidfusion.bench.sweep import experiments
 from liquidfusion.exceptions import ConfigError
 
 
@@ -17,6 +17,7 @@ def test_shipped_experiments_are_right(name: str) -> None:
     assert experiments.load([f"experiment={name}"]).cells()
 
 
+@pytest.mark.filterwarnings("ignore::liquidfusion.bench.notices.Notice")
 def test_defaults_and_overrides() -> None:
     plain = experiments.load([])
     assert plain.cache_sizes == [4, 20, 40, 80, 100]
@@ -34,7 +35,11 @@ def test_defaults_and_overrides() -> None:
     assert fast.seed == 3
     cells = fast.cells()
     assert {cell.seed for cell in cells} == {3}
-    assert {cell.cache.sink_size for cell in cells if cell.cache and cell.cache.strategy == "h2o"} == {2}
+    assert {
+        cell.cache.parameters.get("sink_size")
+        for cell in cells
+        if cell.cache and cell.cache.strategy == "liquid_fusion"
+    } == {2}
 
 
 def test_user_directory_comes_first(tmp_path: Path) -> None:

@@ -27,14 +27,14 @@ def test_names() -> None:
     assert heavy("import liquidfusion as lf\ndir(lf), lf.strategies(), lf.ConfigError") == set()
     assert set(lf.__all__) <= set(dir(lf))
     # a submodule of the same name must not take the function's place
-    import liquidfusion.cache
-    import liquidfusion.fresh
-    import liquidfusion.install
+    import liquidfusion.hf.cache
+    import liquidfusion.hf.hook
+    import liquidfusion.hf.use
 
     assert all(getattr(lf, name) is not None for name in lf.__all__)
-    assert lf.KVCache is liquidfusion.cache.KVCache
-    assert lf.use is liquidfusion.fresh.use
-    assert lf.uninstall is liquidfusion.install.uninstall
+    assert lf.KVCache is liquidfusion.hf.cache.KVCache
+    assert lf.use is liquidfusion.hf.use.use
+    assert lf.uninstall is liquidfusion.hf.hook.uninstall
     with pytest.raises(AttributeError, match="'liquidfusion' has no attribute 'KVCash'"):
         lf.KVCash  # noqa: B018
 

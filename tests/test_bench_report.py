@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from benchmodel import directory
-from liquidfusion.bench import charts, curves, reporting
-from liquidfusion.bench.charts import Chart, Point, Series
 from liquidfusion.bench.cli import main
-from liquidfusion.bench.output import number
+from liquidfusion.bench.report import charts, curves
+from liquidfusion.bench.report import page as reporting
+from liquidfusion.bench.report.charts import Chart, Point, Series
+from liquidfusion.bench.terminal.output import number
 
 
 @pytest.fixture(scope="module")

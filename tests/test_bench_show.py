@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from benchmodel import directory, loaded
-from liquidfusion.bench import showing
-from liquidfusion.bench.caches import CacheOptions, strategy_names
+from liquidfusion.bench.caches import CacheOptions
 from liquidfusion.bench.cli import main
+from liquidfusion.bench.jobs import showing
+from liquidfusion.bench.parameters import strategy_names
 from liquidfusion.exceptions import ConfigError
 
 TEXT = "once upon a time there was a little cache that forgot <almost> everything. " * 2

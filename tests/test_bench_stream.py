@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from benchmodel import directory, loaded
-from liquidfusion.bench import decoding, streaming, texts
+from liquidfusion.bench import decoding, texts
 from liquidfusion.bench.caches import CacheOptions
 from liquidfusion.bench.cli import main
+from liquidfusion.bench.jobs import streaming
 from liquidfusion.exceptions import ConfigError
 
 TEXT = "once upon a time there was a little cache that forgot almost everything.\n" * 4

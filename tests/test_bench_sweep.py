@@ -18,10 +18,12 @@ from typing import Any, Self
 import pytest
 
 from benchmodel import directory
-from liquidfusion.bench import results, sweeping
-from liquidfusion.bench.caches import CacheOptions, strategy_names
+from liquidfusion.bench import results
+from liquidfusion.bench.caches import CacheOptions
 from liquidfusion.bench.cli import main
-from liquidfusion.bench.sweeping import Cell
+from liquidfusion.bench.parameters import strategy_names
+from liquidfusion.bench.sweep import work
+from liquidfusion.bench.sweep.cells import Cell, Grid
 
 BOUNDED = len(strategy_names()) - len(["full"])
 PROMPT = "once upon a time there was a little cache " * 4
@@ -107,17 +109,14 @@ def test_failing_cell_is_recorded_and_tried_again(
 
 
 def test_torn_file_is_measured_again(tmp_path: Path) -> None:
-    (cell,) = sweeping.cells(
-        models=[str(directory())],
-        tasks=["perplexity"],
-        strategies=["full"],
-        options=lambda _: {"text": PROMPT, "context": 64},
-    )
+    (cell,) = Grid(
+        models=[str(directory())], tasks={"perplexity": {"text": PROMPT, "context": 64}}, strategies=["full"]
+    ).cells()
     cell.path(tmp_path).write_text('{"metadata": {', encoding="utf8")
-    (outcome,) = sweeping.sweep([cell], tmp_path, devices=["cpu"])
+    (outcome,) = work.sweep([cell], tmp_path, devices=["cpu"])
     assert not outcome.resumed
     assert outcome.document is not None
-    (again,) = sweeping.sweep([cell], tmp_path, devices=["cpu"])
+    (again,) = work.sweep([cell], tmp_path, devices=["cpu"])
     assert again.resumed
 
 
@@ -128,7 +127,7 @@ def test_key_tells_cells_apart() -> None:
         Cell("n", "perplexity", CacheOptions(budget=64), {"limit": 1}),
         Cell("m", "needle", CacheOptions(budget=64), {"limit": 1}),
         Cell("m", "perplexity", CacheOptions(budget=65), {"limit": 1}),
-        Cell("m", "perplexity", CacheOptions(budget=64, sink_size=2), {"limit": 1}),
+        Cell("m", "perplexity", CacheOptions.of(budget=64, sink_size=2), {"limit": 1}),
         Cell("m", "perplexity", CacheOptions(budget=64), {"limit": 2}),
         Cell("m", "perplexity", CacheOptions(budget=64), {"limit": 1}, seed=1),
         Cell("m", "perplexity", None, {"limit": 1}),
@@ -145,7 +144,8 @@ def test_two_processes(tmp_path: Path) -> None:
 
 
 def test_interrupt_ends_every_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "liquidfusion.bench", *SWEEP, "--jobs", "2", "--set", "batch_size=1"]
+    words = [word for word in SWEEP if word not in ("--max-tokens", "4")]  # perplexity writes nothing
+    command = [sys.executable, "-m", "liquidfusion.bench", *words, "--jobs", "2", "--set", "batch_size=1"]
     cells = ["--tasks", "perplexity", "--context", "96", "--limit", "40", "--prompt", PROMPT * 30]
     child = subprocess.Popen(
         [*command, *cells, "--output-dir", str(tmp_path)], stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -169,7 +169,7 @@ def test_interrupt_waits_until_workers_have_started() -> None:
     other.start()
 
     def start() -> None:
-        with sweeping._interrupts_held():
+        with work._interrupts_held():
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.2)
             steps.append("started")
@@ -199,7 +199,7 @@ def test_worker_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
             dead.set_exception(BrokenProcessPool("terminated abruptly"))
             return dead
 
-    monkeypatch.setattr(sweeping, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(work, "ProcessPoolExecutor", Pool)
     assert main([*SWEEP, "--jobs", "2", "--quiet", "--output-dir", str(tmp_path)]) == 1
     assert capsys.readouterr().err == "error: a worker died, perhaps out of memory; start again to continue\n"
 

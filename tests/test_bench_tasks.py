@@ -13,7 +13,8 @@ import torch
 
 from benchmodel import loaded
 from liquidfusion.bench import decoding, runner, stats, tasks, texts
-from liquidfusion.bench.caches import CacheOptions, FrameworkCache, strategy_names
+from liquidfusion.bench.caches import CacheOptions, FrameworkCache
+from liquidfusion.bench.parameters import strategy_names
 from liquidfusion.bench.tasks import choice, needle, perplexity, recall, summarize
 from liquidfusion.exceptions import ConfigError
 

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own habit
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from liquidfusion import cache_keyword
+from liquidfusion.bench.caches import ranked
 from liquidfusion.bench.machine import synchronize
-from liquidfusion.install import cache_keyword
+from liquidfusion.bench.notices import notice
+from liquidfusion.exceptions import LiquidFusionError
 
 
 class Stream:
@@ -34,6 +37,7 @@ class Stream:
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._mask: Tensor | None = None
         self._columns = 0
+        self._known = None if ranked(cache) else known_positions(model.config)
         self._logits: Tensor | None = None
 
     @torch.inference_mode()
@@ -62,8 +66,20 @@ class Stream:
             positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -columns:]
             extra |= {"attention_mask": self._mask, "position_ids": positions}
         self._columns += ids.shape[1]
+        if self._known is not None and self._columns > self._known:
+            self._tell_positions(self._known)
         logits: Tensor = self._model(ids, use_cache=True, **self._cache, **extra).logits
         return logits[:, -1:] if last else logits
+
+    def _tell_positions(self, known: int) -> None:
+        """Tell, once, of a text that runs past the model's positions."""
+        tokens = self._columns if self._mask is None else int(self._mask.sum(1).max())
+        if tokens > known:
+            self._known = None
+            notice(
+                f"the text has {tokens:,} tokens or more, the model was made for {known:,} positions: what comes after "
+                "says little about the cache (--positions auto counts ranks among the kept tokens instead)"
+            )
 
     def feed_chunks(self, ids: Tensor, mask: Tensor | None = None, *, chunk: int | None = None) -> Tensor:
         """Feed a prompt, `chunk` columns a call (None: all at once), and return the last column's logits."""
@@ -99,6 +115,12 @@ class Stream:
             losses.append(F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none"))
         self._logits = logits[:, -1]
         return torch.cat(losses, 1) if losses else logits.new_empty(ids.shape[0], 0)
+
+
+def known_positions(config: PreTrainedConfig) -> int | None:
+    """Return the number of positions that a model was made for; None: its configuration does not say."""
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 @dataclass(slots=True)
@@ -238,11 +260,21 @@ def _pad_token(tokenizer: Any, ends: set[int]) -> int:
 
 
 def choose(logprobs: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """Return the next token of each row, int64 ``[batch]``."""
+    """Return the next token of each row, int64 ``[batch]``.
+
+    Raises
+    ------
+    LiquidFusionError
+        The probabilities are not numbers, so none can be drawn.
+    """
     if temperature == 0:
         return logprobs.argmax(-1)
     # drawn on the CPU, so that a seed means the same on every device
     weights = (logprobs / temperature).softmax(-1).cpu()
+    if not bool(weights.isfinite().all()):
+        raise LiquidFusionError(
+            "the model's logits are not numbers, so no token can be drawn; 0 as temperature goes on"
+        )
     return torch.multinomial(weights, 1, generator=generator)[:, 0].to(logprobs.device)
 
 

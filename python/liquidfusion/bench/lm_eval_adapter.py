@@ -9,7 +9,6 @@ or import this module before calling ``lm_eval.simple_evaluate(model="liquidfusi
 Source: https://github.com/EleutherAI/lm-evaluation-harness
 """
 
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 import liquidfusion as lf
-from liquidfusion.bench.caches import CacheOptions
+from liquidfusion.bench.caches import CacheOptions, option_names
 from liquidfusion.bench.decoding import Stream
 from liquidfusion.bench.models import locate
 from liquidfusion.exceptions import ConfigError, UnsupportedError
@@ -36,7 +35,7 @@ class LiquidFusionLM(HFLM):  # type: ignore[misc]
         Tokens fed in one call when a text is scored. Eviction happens between calls, so the likelihood of a token
         depends on what was kept of the chunks before its own.
     arguments
-        What :class:`liquidfusion.bench.caches.CacheOptions` takes (a percentage refers to the longest prompt of a
+        What :meth:`liquidfusion.bench.caches.CacheOptions.of` takes (a percentage refers to the longest prompt of a
         batch), and what the harness's model takes: device, dtype, batch_size, …
 
     Raises
@@ -52,9 +51,9 @@ class LiquidFusionLM(HFLM):  # type: ignore[misc]
         chunk: int = 64,
         **arguments: Any,
     ) -> None:
-        names = arguments.keys() & {f.name for f in fields(CacheOptions)}
-        self._cache = CacheOptions(**{name: arguments.pop(name) for name in names})
-        self._cache.spec()
+        names = arguments.keys() & set(option_names())
+        self._cache = CacheOptions.of(**{name: arguments.pop(name) for name in names})
+        self._cache.check()
         if chunk < 1:
             raise ConfigError(f"chunk {chunk} is not at least 1")
         self._chunk = chunk
@@ -76,7 +75,7 @@ class LiquidFusionLM(HFLM):  # type: ignore[misc]
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return prompt and continuation ``[batch, columns]``, written with a fresh cache."""
-        with lf.use(self.model, self._cache.strategy, **self._cache.given()):
+        with lf.use(self.model, **self._cache.arguments()):
             written: Tensor = super()._model_generate(*args, **kwargs)
             return written
 

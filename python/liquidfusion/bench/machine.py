@@ -1,11 +1,13 @@
 """Facts about the machine and its software that a result needs to be understood later, and its peak memory."""
 
 import contextlib
-import os
 import platform
+import statistics
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import psutil
 import torch
 
 _PACKAGES = ("liquidfusion", "torch", "transformers", "tokenizers", "numpy", "triton")
@@ -28,9 +30,9 @@ def describe(device: torch.device) -> dict[str, object]:
         "system": platform.system(),
         "architecture": platform.machine(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": _cores(),
         "torch_threads": torch.get_num_threads(),
-        "memory_bytes": _memory(),
+        "memory_bytes": psutil.virtual_memory().total,
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -38,20 +40,19 @@ def describe(device: torch.device) -> dict[str, object]:
     return facts
 
 
+def _cores() -> int | None:
+    """Return the cores that this process may use."""
+    process = psutil.Process()
+    return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count()
+
+
 def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
+    cpuinfo = Path("/proc/cpuinfo")  # Linux tells a processor's name nowhere else, and psutil does not
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -67,30 +68,17 @@ def peak_memory(device: torch.device) -> int | None:
     """Return the peak in bytes since the last reset: memory of torch's tensors on CUDA, of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = _status("VmHWM")
-    if peak is not None:
-        return peak
     try:
         import resource
     except ImportError:  # Windows
-        return None
+        return int(psutil.Process().memory_info().peak_wset)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
-def resident_memory(device: torch.device) -> int | None:
-    """Return the bytes in use now: memory of torch's tensors on CUDA, of the process elsewhere (None: unknown)."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
-
-
-def _status(name: str) -> int | None:
-    """Return a figure of Linux's account of this process in bytes."""
-    path = Path("/proc/self/status")
-    if path.exists():
-        for line in path.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) * 1024
-    return None
+def resident_memory(device: torch.device) -> int:
+    """Return the bytes in use now: memory of torch's tensors on CUDA, of the process elsewhere."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else int(psutil.Process().memory_info().rss)
 
 
 def synchronize(device: torch.device) -> None:
@@ -99,3 +87,24 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def copy_rate(device: torch.device, count: int | None = None) -> float:
+    """Return the bytes a second that a copy reads and writes, the median of ten.
+
+    Parameters
+    ----------
+    count
+        Bytes to copy, more than the caches hold; None: 1 GiB on CUDA, 64 MiB elsewhere.
+    """
+    count = count or (2**30 if device.type == "cuda" else 2**26)
+    source = torch.zeros(count, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source).copy_(source)
+    times = []
+    for _ in range(10):
+        synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2 * count / statistics.median(times)

@@ -1,55 +1,13 @@
-"""The result file: its structure, its name, and writing it so that a torn file never exists."""
+"""The result file: its structure and its name."""
 
-import contextlib
 import json
 import math
-import os
 import re
-import tempfile
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` to `path`: whole, or not at all.
-
-    The text goes to a temporary file in the same directory, is flushed to the disk, and then takes the name at once.
-
-    Raises
-    ------
-    OSError
-        The directory cannot be written or the disk is full; `path` is then as it was. The error names `path`.
-    """
-    with _naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Let errors of the system name what the user asked for, not a temporary file or nothing."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+from liquidfusion import files
 
 
 def to_json(document: object) -> str:
@@ -82,9 +40,9 @@ def safe(model: str) -> str:
 def save(document: dict[str, Any], directory: Path) -> Path:
     """Write a result document into `directory` under its own name and return the path."""
     metadata = document["metadata"]
-    size = size_label(metadata["cache_size"], metadata["budget"])
+    size = size_label(metadata["cache_size"], metadata["budget"], metadata.get("memory"))
     path = directory / f"{file_stem(metadata['strategy'], metadata['model_name'], size)}_{stamp()}.json"
-    write_atomic(path, to_json(document))
+    files.write_text(path, to_json(document))
     return path
 
 
@@ -93,8 +51,11 @@ def stamp() -> str:
     return f"{now():%Y%m%dT%H%M%S%f}"
 
 
-def size_label(cache_size: float | None, budget: int | None) -> str:
-    """Return how a file name says the size: ``20`` (percent), ``512t`` (tokens) or ``default``."""
+def size_label(cache_size: float | None, budget: int | None, memory: int | None = None) -> str:
+    """Return how a file name says the size: ``20`` (percent), ``512t`` (tokens), ``64MiB`` or ``default``."""
+    if memory is not None:
+        units = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+        return next(f"{memory // size}{unit}" for size, unit in units if memory % size == 0)
     if cache_size is not None:
         return f"{cache_size:g}"
     return "default" if budget is None else f"{budget}t"
@@ -120,17 +81,3 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict) or not {"metadata", "results", "metrics"} <= document.keys():
         raise ValueError(f"{path} is not a benchmark result: it needs metadata, results and metrics")
     return document
-
-
-def check_writable(directory: Path) -> None:
-    """Make sure, before any work, that results can be written into `directory`.
-
-    Raises
-    ------
-    OSError
-        They cannot.
-    """
-    with _naming(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass

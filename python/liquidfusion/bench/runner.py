@@ -1,13 +1,16 @@
 """One measurement from start to result document, as the command line and Python both run it."""
 
+import hashlib
+import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from liquidfusion.bench import machine, results
-from liquidfusion.bench.caches import HOW, PARAMETERS, CacheMaker, CacheOptions
+from liquidfusion.bench import machine, parameters, results
+from liquidfusion.bench.caches import HOW, SIZES, CacheMaker, CacheOptions
 from liquidfusion.bench.models import Loaded
 from liquidfusion.bench.tasks import TASKS
 from liquidfusion.bench.tasks.task import Progress, Record, Task
@@ -82,21 +85,51 @@ def run(
     if "seed" in known:
         given["seed"] = seed
     torch.manual_seed(seed)
+    needed = full is None and (chosen.baseline if baseline is None else baseline)
+    own = cache == chosen.reference or (cache.strategy == "full" and isinstance(chosen.reference, CacheOptions))
+    parts = 2 if needed and not own else 1
     start = time.perf_counter()
-    records = chosen.measure(loaded.model, loaded.tokenizer, cache, progress=progress, **given)
+    records = chosen.measure(loaded.model, loaded.tokenizer, cache, progress=_part(progress, 0, parts), **given)
     seconds = time.perf_counter() - start
-    if full is None and (chosen.baseline if baseline is None else baseline):
-        if cache == chosen.reference or (cache.strategy == "full" and isinstance(chosen.reference, CacheOptions)):
-            full = records
-        else:
-            full = chosen.measure(loaded.model, loaded.tokenizer, chosen.reference, progress=progress, **given)
+    if needed:
+        full = records
+        if not own:
+            reference = chosen.reference
+            full = chosen.measure(
+                loaded.model, loaded.tokenizer, reference, progress=_part(progress, 1, parts), **given
+            )
     figures = chosen.metrics(records, full)
     budgets = sorted({b for item in records if (b := item["result"]["scores"].get("budget")) is not None})
+    told = {"seed": seed, "budgets_used": budgets, "input": source(given)}
     return {
-        "metadata": metadata(loaded, task, cache, {**known, **given}, seconds, seed=seed, budgets_used=budgets),
+        "metadata": metadata(loaded, task, cache, {**known, **given}, seconds, **told),
         "results": records,
         "metrics": {name: metric.as_dict() for name, metric in figures.items()},
     }
+
+
+def _part(progress: Progress | None, part: int, parts: int) -> Progress | None:
+    """Return a progress of one of several parts, which takes as long as each of the others."""
+
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress(part * total + done, parts * total)
+
+    return None if progress is None else report
+
+
+def source(options: dict[str, Any]) -> dict[str, Any]:
+    """Return where a task's input came from, and a digest by which results of another input are told apart."""
+    path = options.get("data")
+    given = options.get("text", options.get("prompts"))
+    if path is None and given is None:
+        return {"source": "built in", "sha256": None}
+    if path is None:
+        return {"source": "given", "sha256": hashlib.sha256(json.dumps(given).encode()).hexdigest()[:12]}
+    path = Path(path)
+    found = sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256(b"".join(part.read_bytes() for part in found))
+    return {"source": path.name, "sha256": digest.hexdigest()[:12]}
 
 
 def _check(options: dict[str, Any]) -> None:
@@ -114,15 +147,15 @@ def metadata(
     """Return what a result must say about how it came to be: parameters, versions, machine."""
     device = loaded.model.device
     own = isinstance(cache, CacheOptions)
-    parameters = cache.spec().params if isinstance(cache, CacheOptions) else {}
+    values = cache.spec().params if isinstance(cache, CacheOptions) else {}
+    how = cache.how if isinstance(cache, CacheOptions) else {}
     return {
         "model_name": loaded.name,
         "strategy": cache.strategy,
-        "cache_size": cache.cache_size if isinstance(cache, CacheOptions) else None,
-        "budget": cache.budget if isinstance(cache, CacheOptions) else None,
+        **{name: getattr(cache, name, None) for name in (*SIZES, "bits")},
         "attention_type": "liquidfusion" if own else loaded.model.config._attn_implementation,
-        **{name: parameters.get(name) for name in PARAMETERS},
-        **{name: getattr(cache, name, None) for name in HOW},
+        **{name: values.get(name) for name in parameters.table()},
+        **{name: how.get(name) for name in HOW},
         "task": task,
         "task_options": {name: value for name, value in options.items() if name not in ("text", "prompts", "seed")},
         "device": str(device),

@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from liquidfusion.compute.codes import Coding
 from liquidfusion.compute.softmax import How, attend, blocks, visible
-from liquidfusion.geometry import Geometry
+from liquidfusion.geometry import Geometry, attention_configs
 from liquidfusion.hf.hook import switched
 from liquidfusion.precision import Bits
 
@@ -219,7 +219,7 @@ def _read(model: PreTrainedModel, geometry: Geometry, bits: Bits, rotary: Rotate
             torch.inference_mode(False),  # what is remembered outlives the block that asks
             torch.no_grad(),
             torch.autocast(device.type, enabled=False),
-            switched(model, IMPLEMENTATION),
+            switched(attention_configs(model), IMPLEMENTATION),
             _evaluating(model),
         ):
             tokens = min(TOKENS, geometry.positions or TOKENS)

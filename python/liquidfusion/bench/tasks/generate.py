@@ -1,6 +1,7 @@
 """``generate``: continue prompts and time every token."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel
 
 from liquidfusion.bench import decoding, machine
 from liquidfusion.bench.caches import CacheMaker, CacheOptions, FrameworkCache, facts
-from liquidfusion.bench.stats import Metric, bootstrap
+from liquidfusion.bench.stats import Metric, bootstrap, interval, mean_metric
 from liquidfusion.bench.tasks.task import Progress, Record, Task, record
 from liquidfusion.bench.texts import DEFAULT_PROMPT
 
@@ -116,20 +117,19 @@ def logprobs(tokenizer: Any, completion: decoding.Completion) -> dict[str, Any]:
 def metrics(records: Sequence[Record], full: Sequence[Record] | None = None) -> dict[str, Metric]:
     """Return speed and memory; the full figures are those of transformers' own cache."""
     own, other = _figures(records), {} if full is None else _figures(full)
-    return {
-        name: Metric(metric.value, metric.unit, metric.low, metric.high, other[name].value if name in other else None)
-        for name, metric in own.items()
-    }
+    return {name: replace(metric, full=other[name].value) if name in other else metric for name, metric in own.items()}
 
 
 def _figures(records: Sequence[Record]) -> dict[str, Metric]:
     scores = [item["result"]["scores"] for item in records]
     seconds = list(chain.from_iterable(score["steps"] for score in scores))
     rows = float(np.mean([item["result"]["request_time"]["batch_size"] for item in records]))
-    figures = {"time_to_first_token": _mean([score["first"] for score in scores], "s")}
+    figures = {"time_to_first_token": mean_metric([score["first"] for score in scores], "s")}
     if seconds:
         mean, low, high = bootstrap(seconds)
-        figures["tokens_per_second"] = Metric(rows / mean, "tokens/s", rows / high, rows / low)
+        figures["tokens_per_second"] = Metric(
+            rows / mean, "tokens/s", *interval(rows / high, rows / low), n=len(seconds)
+        )
         for percent in (50, 90, 99):
             figures[f"latency_p{percent}"] = Metric(1000 * float(np.percentile(seconds, percent)), "ms")
     figures["cache_bytes"] = Metric(max(score["cache_bytes"] for score in scores), "bytes")
@@ -140,11 +140,6 @@ def _figures(records: Sequence[Record]) -> dict[str, Metric]:
     figures["generated_tokens"] = Metric(sum(score["tokens"] for score in scores), "tokens")
     figures["evictions"] = Metric(sum(score["evictions"] for score in scores), "tokens")
     return figures
-
-
-def _mean(values: Sequence[float], unit: str) -> Metric:
-    mean, low, high = bootstrap(values)
-    return Metric(mean, unit, low, high) if len(values) > 1 else Metric(mean, unit)
 
 
 TASK = Task(

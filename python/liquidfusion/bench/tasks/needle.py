@@ -3,6 +3,7 @@
 import random
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -32,6 +33,7 @@ def needle(
     context: Sequence[int] = (2048,),
     depths: int = 8,
     needles: int = 1,
+    mentions: int = 2,
     chunk: int | None = 64,
     batch_size: int = 8,
     seed: int = 0,
@@ -51,6 +53,9 @@ def needle(
         Equal parts of the text, in which the needles are hidden in turn.
     needles
         Numbers hidden, each belonging to a city; one of them is asked for. 1: a single number without a city.
+    mentions
+        How often the text says each number, 1 or 2; the second time directly after the first. What is said once is
+        looked at by nobody until the question comes.
     chunk
         Tokens fed in one call; None: the whole text at once.
 
@@ -64,15 +69,24 @@ def needle(
     ConfigError
         The text is shorter than the longest context, or a context has no room for the needles.
     """
+    if mentions not in (1, 2):
+        raise ConfigError(f"mentions {mentions}: 1 or 2 is accepted")
     rng = random.Random(seed)
     hay = decoding.encode(tokenizer, reference_text() if text is None else text)
     cities = _cities(tokenizer, needles)
-    trials = [
-        _trial(tokenizer, hay, length, index % depths, depths, needles, cities, rng)
-        for length in context
-        for index in range(limit)
-    ]
+    plan = _Plan(depths, needles, mentions, cities)
+    trials = [_trial(tokenizer, hay, length, index % depths, plan, rng) for length in context for index in range(limit)]
     return ask(model, tokenizer, cache, trials, chunk=chunk, batch_size=batch_size, progress=progress)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is hidden in every text: in how many depths in turn, how many numbers, said how often, of which cities."""
+
+    depths: int
+    needles: int
+    mentions: int
+    cities: list[str]
 
 
 def _cities(tokenizer: Any, needles: int) -> list[str]:
@@ -88,9 +102,10 @@ def _cities(tokenizer: Any, needles: int) -> list[str]:
     return best
 
 
-def _hint(city: str, digits: str) -> str:
+def _hint(city: str, digits: str, mentions: int) -> str:
     what = f"special magic number for {city}" if city else "special magic number"
-    return f"\n\nThe {what} is {digits}. Remember it: the {what} is {digits}.\n\n"
+    again = f" Remember it: the {what} is {digits}." if mentions == 2 else ""
+    return f"\n\nThe {what} is {digits}.{again}\n\n"
 
 
 def _question(city: str) -> str:
@@ -98,19 +113,11 @@ def _question(city: str) -> str:
     return f"\n\nQuestion: What is the {what} mentioned in the text?\nAnswer: The {what} is "
 
 
-def _trial(
-    tokenizer: Any,
-    hay: list[int],
-    length: int,
-    part: int,
-    depths: int,
-    needles: int,
-    cities: list[str],
-    rng: random.Random,
-) -> Trial:
-    names = rng.sample(cities, needles)
+def _trial(tokenizer: Any, hay: list[int], length: int, part: int, plan: _Plan, rng: random.Random) -> Trial:
+    needles, depths = plan.needles, plan.depths
+    names = rng.sample(plan.cities, needles)
     numbers = ["".join(rng.choices("0123456789", k=5)) for _ in names]
-    hints = [decoding.encode(tokenizer, _hint(*pair)) for pair in zip(names, numbers, strict=True)]
+    hints = [decoding.encode(tokenizer, _hint(*pair, plan.mentions)) for pair in zip(names, numbers, strict=True)]
     question = decoding.encode(tokenizer, _question(names[0]))
     begin = decoding.prefix(tokenizer)
     answer = len(decoding.encode(tokenizer, numbers[0]))

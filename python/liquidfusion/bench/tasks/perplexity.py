@@ -1,19 +1,20 @@
 """``perplexity``: how well the model predicts a text that streams through its cache."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from liquidfusion.bench import decoding
 from liquidfusion.bench.caches import CacheMaker, CacheOptions, facts
-from liquidfusion.bench.stats import Metric, bootstrap
+from liquidfusion.bench.stats import Metric, bootstrap, exp, interval
 from liquidfusion.bench.tasks.task import Progress, Record, Task, record, scores, shorten
 from liquidfusion.bench.texts import reference_text
 from liquidfusion.exceptions import ConfigError
@@ -124,21 +125,27 @@ def metrics(records: Sequence[Record], full: Sequence[Record] | None = None) -> 
     """Return perplexity and, with the full cache's records, its ratio to theirs (paired, block by block)."""
     nll = np.concatenate(scores(records, "nll") or [])
     counts = np.concatenate(scores(records, "counts") or [])
-    mean, low, high = bootstrap(nll, weights=counts)
-    found = {}
-    if full is None:
-        found["perplexity"] = Metric(math.exp(mean), "", math.exp(low), math.exp(high))
-    else:
+    found = {"perplexity": _exp(nll, counts, "")}
+    if full is not None:
         reference = np.concatenate(scores(full, "nll") or [])
-        of_full = math.exp(float(np.average(reference, weights=counts)))
-        found["perplexity"] = Metric(math.exp(mean), "", math.exp(low), math.exp(high), of_full)
-        mean, low, high = bootstrap(nll - reference, weights=counts)
-        found["perplexity_ratio"] = Metric(math.exp(mean), "x full", math.exp(low), math.exp(high), 1.0)
+        with np.errstate(invalid="ignore"):  # a model that computes no numbers
+            ratio = _exp(nll - reference, counts, "x full")
+            of_full = exp(float(np.average(reference, weights=counts)))
+        found = {
+            "perplexity": replace(found["perplexity"], full=of_full),
+            "perplexity_ratio": replace(ratio, full=1.0),
+        }
     times = [item["result"]["request_time"] for item in records]
     seconds = sum(entry["batch_time"] / entry["batch_size"] for entry in times)
     tokens = sum(item["request"]["tokens"] for item in records)
     found["tokens_per_second"] = Metric(tokens / seconds, "tokens/s")
     return found
+
+
+def _exp(losses: NDArray[np.float64], counts: NDArray[np.float64], unit: str) -> Metric:
+    """Return e to the mean of the losses of blocks with so many tokens each."""
+    mean, low, high = bootstrap(losses, weights=counts)
+    return Metric(exp(mean), unit, *interval(exp(low), exp(high)), n=len(losses))
 
 
 TASK = Task(
@@ -149,4 +156,5 @@ TASK = Task(
     reference=CacheOptions(strategy="full"),
     baseline=True,
     main="perplexity",
+    lower=True,
 )

@@ -33,6 +33,8 @@ class Task:
         Whether the reference is measured, too, unless asked otherwise.
     main
         The metric to draw and rank by.
+    lower
+        Whether less of it is better.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Task:
     reference: CacheMaker
     baseline: bool
     main: str
+    lower: bool = False
 
     def options(self) -> dict[str, Any]:
         """Return name → default of the keyword options of `measure`."""

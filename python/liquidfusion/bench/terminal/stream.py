@@ -9,8 +9,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from liquidfusion.bench.output import number
-from liquidfusion.bench.streaming import Window
+from liquidfusion.bench.jobs.streaming import Window
+from liquidfusion.bench.terminal.output import number
 
 _HEADER = ("tokens", "perplexity", "ms per call", "tokens/s", "cache", "memory", "peak")
 _WIDTHS = (12, 12, 12, 10, 11, 11, 11)

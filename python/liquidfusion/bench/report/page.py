@@ -7,12 +7,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from liquidfusion.bench import curves, results
-from liquidfusion.bench.charts import COLOURS, Chart, Point, Section, Series, short
-from liquidfusion.bench.options import strategy_names
-from liquidfusion.bench.output import number
-from liquidfusion.bench.sweeping import REFERENCE
+from liquidfusion import files
+from liquidfusion.bench import results
+from liquidfusion.bench.parameters import strategy_names
+from liquidfusion.bench.report import curves
+from liquidfusion.bench.report.charts import COLOURS, Chart, Point, Section, Series, short
+from liquidfusion.bench.sweep.cells import REFERENCE
 from liquidfusion.bench.tasks import TASKS
+from liquidfusion.bench.terminal.output import number
 from liquidfusion.exceptions import ConfigError
 
 _UNBOUNDED = (REFERENCE, "full")
@@ -350,8 +352,8 @@ def write(report: Report, directory: Path, *, images: Path | None = None, png: b
         PNG is wanted and the package cairosvg is missing.
     """
     written = [directory / "report.html", directory / "report.md"]
-    results.write_atomic(written[0], html(report))
-    results.write_atomic(written[1], markdown(report))
+    files.write_text(written[0], html(report))
+    files.write_text(written[1], markdown(report))
     if images is not None:
         from liquidfusion.bench.data import require
 
@@ -359,7 +361,7 @@ def write(report: Report, directory: Path, *, images: Path | None = None, png: b
         drawn = {stem: chart for section in report.sections() for stem, chart in section.charts.items()}
         for stem, chart in drawn.items():
             path = images / f"{stem}.svg"
-            results.write_atomic(path, chart.standalone())
+            files.write_text(path, chart.standalone())
             written.append(path)
             if draw is not None:
                 draw(bytestring=chart.standalone().encode(), write_to=str(path.with_suffix(".png")), scale=3)

@@ -13,66 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from liquidfusion.cache import KVCache
-from liquidfusion.exceptions import ConfigError
-from liquidfusion.install import cache_keyword, switched, uninstall
-
-_LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "rope_parameters": _LLAMA3_ROPE,
-    },
-    "qwen3-8b": {
-        "model_type": "qwen3",
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "max_position_embeddings": 131072,
-    },
-    "smollm2-135m": {
-        "model_type": "llama",
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": True,
-    },
-    "custom": {
-        "model_type": "llama",
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "vocab_size": 1024,
-        "max_position_embeddings": 131072,
-    },
-}
-"""Model shapes with random weights: speed does not depend on what the weights are."""
+from liquidfusion import KVCache, cache_keyword, uninstall
+from liquidfusion.bench import machine
 
 PARTS = ("decode", "compile", "generate", "bookkeeping", "batch", "prefill", "memory")
 
@@ -117,39 +61,6 @@ class Results:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-
-
-def build(shape: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Make a model of a shape with random weights.
-
-    Raises
-    ------
-    ConfigError
-        Unknown shape.
-    """
-    config = shape_config(shape)
-    torch.manual_seed(0)
-    with torch.device(device):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-    model.train(False)
-    return model
-
-
-def shape_config(shape: str) -> PreTrainedConfig:
-    """Return the configuration of a shape.
-
-    Raises
-    ------
-    ConfigError
-        Unknown shape.
-    """
-    if shape not in SHAPES:
-        raise ConfigError(f"shape is {shape!r}; {', '.join(SHAPES)} are accepted")
-    settings = dict(SHAPES[shape])
-    config: PreTrainedConfig = AutoConfig.for_model(
-        settings.pop("model_type"), **settings, pad_token_id=0, eos_token_id=None
-    )
-    return config
 
 
 def shown(value: float) -> str:
@@ -232,11 +143,7 @@ class Bench:
 
     def floor(self, batch: int) -> float:
         """Seconds that reading the weights and the slots takes at the measured copy rate."""
-        count = 2**30 if self.device.type == "cuda" else 2**26
-        source = torch.empty(count, dtype=torch.uint8, device=self.device)
-        target = torch.empty_like(source)
-        target.copy_(source)
-        rate = 2 * count / self.seconds(lambda: target.copy_(source), 10)
+        rate = machine.copy_rate(self.device)
         # One row of the embedding is read, unless it is the output layer as well.
         embedding = 0 if self.config.tie_word_embeddings else self.config.vocab_size * self.config.hidden_size
         element = next(self.model.parameters()).element_size()
@@ -349,8 +256,14 @@ class Bench:
                 self.model(prompt, **{self.key: cache}, logits_to_keep=1)
 
             def eager(theirs: Callable[[], None] = theirs) -> None:
-                with switched(self.model, "eager"):  # the whole matrix of probabilities: long prompts do not fit
+                usual = self.config._attn_implementation
+                self.model.set_attn_implementation(
+                    "eager"
+                )  # the whole matrix of probabilities: long prompts do not fit
+                try:
                     theirs()
+                finally:
+                    self.model.set_attn_implementation(usual)
 
             for name, work in (("ours", ours), ("sdpa", theirs), ("eager", eager)):
                 with self.results.part(f"prefill {length}, {name}"):

@@ -5,9 +5,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from liquidfusion.bench.charts import Chart, Point, Section, Series, short
-from liquidfusion.bench.options import strategy_names
-from liquidfusion.bench.output import number
+from liquidfusion.bench.parameters import strategy_names
+from liquidfusion.bench.report.charts import Chart, Point, Section, Series, short
+from liquidfusion.bench.terminal.output import number
 
 _CACHES = ("KVCache, compiled graph", "KVCache, graph", "DynamicCache", "StaticCache, compiled")
 

@@ -1,15 +1,13 @@
 """``sweep``: many measurements in one go, each saved as it finishes, continued where it stopped."""
 
-import hashlib
-import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
@@ -17,61 +15,11 @@ from typing import Any
 
 import torch
 
-from liquidfusion.bench import models, results, runner
-from liquidfusion.bench.caches import CacheOptions, FrameworkCache
-from liquidfusion.bench.models import check_name
+from liquidfusion import files
+from liquidfusion.bench import models, notices, results, runner
+from liquidfusion.bench.caches import FrameworkCache
+from liquidfusion.bench.sweep.cells import Cell, reference
 from liquidfusion.exceptions import ConfigError, LiquidFusionError
-
-REFERENCE = "reference"
-"""Strategy name under which transformers' own cache is filed, where a task compares with it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One measurement of a sweep.
-
-    Attributes
-    ----------
-    model, task
-        As ``--model`` and ``--task``.
-    cache
-        The cache, or None for the reference that the task compares with.
-    options
-        Keyword options of the task, as JSON can say them.
-    seed, dtype
-        The same for every cell.
-    """
-
-    model: str
-    task: str
-    cache: CacheOptions | None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    dtype: str = "auto"
-
-    @property
-    def strategy(self) -> str:
-        """The name of the strategy."""
-        return REFERENCE if self.cache is None else self.cache.strategy
-
-    @property
-    def size(self) -> str:
-        """The size as a file name says it; unbounded caches have none."""
-        if self.cache is None or self.cache.strategy == "full":
-            return "unbounded"
-        return results.size_label(self.cache.cache_size, self.cache.budget)
-
-    @property
-    def key(self) -> str:
-        """What makes this cell this cell; equal keys mean equal results."""
-        cache = None if self.cache is None else {"strategy": self.cache.strategy, **self.cache.given()}
-        facts = [self.model, self.task, cache, dict(self.options), self.seed, self.dtype]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-    def path(self, directory: Path) -> Path:
-        """Return where the result of this cell is kept."""
-        name = results.file_stem(self.strategy, Path(self.model).name, self.size)
-        return directory / f"{name}_{self.task}_{self.key}.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,63 +30,6 @@ class Outcome:
     document: dict[str, Any] | None
     error: str | None = None
     resumed: bool = False
-
-
-def cells(
-    *,
-    models: Sequence[str],
-    tasks: Sequence[str],
-    strategies: Sequence[str],
-    cache_sizes: Sequence[float] = (),
-    budgets: Sequence[int] = (),
-    parameters: Mapping[str, Any] | None = None,
-    options: Callable[[str], Mapping[str, Any]] | None = None,
-    seed: int = 0,
-    dtype: str = "auto",
-) -> list[Cell]:
-    """Return the cells of a sweep, the references first; an unbounded cache is measured once, whatever the sizes.
-
-    Parameters
-    ----------
-    cache_sizes, budgets
-        Percentages and tokens; none of either: each strategy's default size.
-    parameters
-        Parameters of the strategies, the same for all.
-    options
-        Returns the keyword options of a task.
-
-    Raises
-    ------
-    ConfigError
-        A name is unknown, a size out of range, or there is nothing to measure.
-    ModelError
-        A model is a directory that does not exist.
-    """
-    for name, values in (("models", models), ("tasks", tasks), ("strategies", strategies)):
-        if not values:
-            raise ConfigError(f"{name} is empty: give at least one")
-    for model in models:
-        check_name(model)
-    given = dict(parameters or {})
-    sizes: list[dict[str, Any]] = [{"cache_size": float(size)} for size in cache_sizes]
-    sizes += [{"budget": budget} for budget in budgets]
-    found: dict[tuple[str, str, str], Cell] = {}
-
-    def add(model: str, task: str, cache: CacheOptions | None) -> None:
-        cell = Cell(model, task, cache, dict(options(task)) if options else {}, seed, dtype)
-        found.setdefault((model, task, cell.key), cell)
-
-    for model in models:
-        for task in tasks:
-            add(model, task, _reference(task))
-    for model in models:
-        for task in tasks:
-            for strategy in strategies:
-                for size in sizes or [{}]:
-                    cache = CacheOptions(strategy=strategy, **size, **given)
-                    cache.spec()
-                    add(model, task, CacheOptions(strategy="full") if strategy == "full" else cache)
-    return list(found.values())
 
 
 def sweep(
@@ -166,7 +57,7 @@ def sweep(
     LiquidFusionError
         One of several processes died.
     """
-    results.check_writable(directory)
+    files.check_writable(directory)
     todo: list[Cell] = []
     for cell in work:
         document = finished(cell, directory)
@@ -175,10 +66,10 @@ def sweep(
         else:
             yield Outcome(cell, document, resumed=True)
     # references first: the others are compared with them
-    reference = [cell for cell in todo if _is_reference(cell)]
+    first = [cell for cell in todo if _is_reference(cell)]
     others = [cell for cell in todo if not _is_reference(cell)]
     if len(devices) == 1:
-        for cell in reference + others:
+        for cell in first + others:
             yield measure(cell, directory, devices[0], progress)
         return
     context = get_context("spawn")
@@ -189,7 +80,7 @@ def sweep(
     before, waiting = set(active_children()), set[Future[Outcome]]()
     with ProcessPoolExecutor(len(devices), context, initializer=_start, initargs=(queue, threads)) as pool:
         try:
-            for batch in (reference, others):
+            for batch in (first, others):
                 with _interrupts_held():  # workers start here: ending them is for this process
                     waiting = {pool.submit(_measure_there, cell, directory) for cell in batch}
                 while waiting:
@@ -227,13 +118,7 @@ def _interrupts_held() -> Iterator[None]:
 
 def _is_reference(cell: Cell) -> bool:
     """Whether other cells are compared with this one."""
-    return cell.cache == _reference(cell.task)
-
-
-def _reference(task: str) -> CacheOptions | None:
-    """Return the cache of a task's reference; None is transformers' own."""
-    reference = runner.find_task(task).reference
-    return None if isinstance(reference, FrameworkCache) else reference
+    return cell.cache == reference(cell.task)
 
 
 def finished(cell: Cell, directory: Path) -> dict[str, Any] | None:
@@ -256,11 +141,11 @@ def measure(
         document = _document(cell, directory, device, progress)
     except Exception as error:  # whatever a cell dies of, the others go on
         text = f"{type(error).__name__}: {models.first_line(error)}"
-        cache = None if cell.cache is None else asdict(cell.cache)
+        cache = None if cell.cache is None else cell.cache.as_dict()
         record = {"cell": cell.key, "model": cell.model, "task": cell.task, "cache": cache, "error": text}
-        results.write_atomic(failed, results.to_json(record))
+        files.write_text(failed, results.to_json(record))
         return Outcome(cell, None, text)
-    results.write_atomic(path, results.to_json(document))
+    files.write_text(path, results.to_json(document))
     failed.unlink(missing_ok=True)
     return Outcome(cell, document)
 
@@ -272,7 +157,7 @@ def _document(
     options = {name: Path(value) if name == "data" else value for name, value in cell.options.items()}
     full = None
     if not _is_reference(cell):
-        document = finished(replace(cell, cache=_reference(cell.task)), directory)
+        document = finished(replace(cell, cache=reference(cell.task)), directory)
         full = None if document is None else document["results"]
     document = runner.run(
         loaded,
@@ -284,7 +169,7 @@ def _document(
         progress=None if progress is None else lambda done, total: progress(cell, done, total),
         **options,
     )
-    document["metadata"] |= {"cell": cell.key, "strategy": cell.strategy}
+    document["metadata"] |= {"cell": cell.key, "strategy": cell.strategy, "repeat": cell.repeat}
     return document
 
 
@@ -294,12 +179,15 @@ def _model(name: str, device: str, dtype: str) -> models.Loaded:
 
 
 _DEVICE = ["auto"]
+_NOTICES = ExitStack()
+"""What a worker process works on, and what it keeps open to its end."""
 
 
 def _start(queue: Any, threads: int) -> None:
     """Take a device for this process, and no more than its share of the cores."""
     _DEVICE[0] = queue.get()
     torch.set_num_threads(threads)
+    _NOTICES.enter_context(notices.as_lines())
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -7,16 +7,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from transformers import TextStreamer
 
+import liquidfusion as lf
 from liquidfusion.bench import decoding, machine
-from liquidfusion.bench.caches import CacheOptions
+from liquidfusion.bench.caches import HOW, CacheOptions
 from liquidfusion.bench.models import Loaded, first_line
-from liquidfusion.bench.output import number
+from liquidfusion.bench.notices import notice
+from liquidfusion.bench.terminal.output import number
 from liquidfusion.exceptions import ConfigError
 
 COMMANDS = "/reset starts anew, /stats tells what the cache holds, /quit ends"
@@ -50,9 +53,13 @@ class Chat:
         Tokens of an answer at most.
     temperature
         0 takes the likeliest token; above, tokens are drawn with `seed`.
+    session
+        A file that :meth:`save` has written: the conversation goes on, and of `cache` only how it runs counts.
 
     Raises
     ------
+    CacheError
+        The session is of another model, or no session.
     ConfigError
         The template has no place for `system`, or does not show answers as they are.
     """
@@ -66,6 +73,7 @@ class Chat:
         max_tokens: int = 512,
         temperature: float = 0.0,
         seed: int = 0,
+        session: Path | None = None,
     ) -> None:
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
         self._system = system
@@ -73,7 +81,9 @@ class Chat:
         self._generator = torch.Generator(device="cpu").manual_seed(seed)
         self._ends = decoding.end_tokens(self._model, self._tokenizer)
         self._template = getattr(self._tokenizer, "chat_template", None) is not None
-        self.cache = (cache or CacheOptions()).make(self._model, 1)
+        cache = cache or CacheOptions()
+        how = {name: value for name, value in cache.how.items() if name != "positions"}
+        self.cache = cache.make(self._model, 1) if session is None else lf.KVCache.load(session, self._model, **how)
         self._stream = decoding.Stream(self._model, self.cache)
         self._turn("hello", first=True)
         self._turn("hello", first=False)
@@ -82,6 +92,13 @@ class Chat:
         """Forget everything."""
         self.cache.reset()
         self._stream = decoding.Stream(self._model, self.cache)
+
+    def save(self, path: Path) -> None:
+        """Write the conversation to a file, whole or not at all; one that has not begun is not written."""
+        if self.cache.is_initialized:
+            self.cache.save(path)
+        else:
+            notice(f"{path} is not written: nothing was said")
 
     def say(self, text: str, streamer: Any = None, stopped: Callable[[], bool] = lambda: False) -> Answer:
         """Feed one turn and write the answer.
@@ -141,6 +158,28 @@ class Chat:
         if not found:
             raise ConfigError("the model's chat template changes answers: a turn cannot be fed alone")
         return turn
+
+
+def check_session(cache: CacheOptions, session: Path | None, system: str | None = None) -> None:
+    """Refuse, before any work, a session that is not there, and options that it decides itself.
+
+    Raises
+    ------
+    ConfigError
+        The message names them.
+    """
+    if session is None:
+        return
+    if not session.is_file():
+        raise ConfigError(f"cannot read {session}: there is no such file")
+    own = {name for name in cache.as_dict() if name not in HOW} - {"strategy"}
+    own |= {"positions"} & cache.how.keys()
+    own |= {"strategy"} if cache.strategy != CacheOptions().strategy else set()
+    own |= {"system"} if system is not None else set()
+    if own:
+        raise ConfigError(
+            f"--load goes on with what the file has: it does not go together with {', '.join(sorted(own))}"
+        )
 
 
 def converse(chat: Chat, *, as_json: bool = False, quiet: bool = False) -> None:

@@ -1,6 +1,5 @@
 """``stream``: a text without end through one cache, with perplexity, time and memory as they go."""
 
-import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ import torch
 from liquidfusion.bench import decoding, machine, runner
 from liquidfusion.bench.caches import CacheOptions
 from liquidfusion.bench.models import Loaded
+from liquidfusion.bench.stats import exp
 from liquidfusion.bench.texts import reference_text
 from liquidfusion.exceptions import ConfigError
 
@@ -161,7 +161,7 @@ def stream(
         seconds = time.perf_counter() - start
         yield Window(
             tokens=done,
-            perplexity=math.exp(min(mean, 700.0)),
+            perplexity=exp(mean),
             step_ms=1000 * seconds / calls,
             tokens_per_second=(done - before) / seconds,
             cache_bytes=store.nbytes,

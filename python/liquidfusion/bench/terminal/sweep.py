@@ -12,9 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from liquidfusion.bench.output import number
 from liquidfusion.bench.runner import find_task
-from liquidfusion.bench.sweeping import Cell, Outcome
+from liquidfusion.bench.sweep.cells import Cell
+from liquidfusion.bench.sweep.work import Outcome
+from liquidfusion.bench.terminal.output import number
 
 
 class SweepView:
@@ -84,10 +85,10 @@ class SweepView:
             grid.add_column("strategy")
             for size in bounded or ["unbounded"]:
                 grid.add_column(_size(size), justify="right")
-            for strategy in dict.fromkeys(cell.strategy for cell in group):
-                states = {cell.size: self._states[cell.key] for cell in group if cell.strategy == strategy}
+            for method in dict.fromkeys(cell.method for cell in group):
+                states = {cell.size: self._states[cell.key] for cell in group if cell.method == method}
                 row = [states.get(size, states.get("unbounded", Text(""))) for size in bounded or ["unbounded"]]
-                grid.add_row(strategy, *row)
+                grid.add_row(method, *row)
             yield grid
             yield Text()
 
@@ -102,7 +103,8 @@ class SweepView:
 
 
 def _title(cell: Cell) -> str:
-    return f"{cell.task} · {cell.strategy} {_size(cell.size)}"
+    again = f" ({cell.repeat + 1})" if cell.repeat else ""
+    return f"{cell.task} · {cell.method} {_size(cell.size)}{again}"
 
 
 def _size(size: str) -> str:

@@ -8,9 +8,11 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from liquidfusion.bench import inputs, sweeping
-from liquidfusion.bench.caches import CacheOptions, strategy_names
+from liquidfusion.bench import inputs
+from liquidfusion.bench import parameters as of_strategies
+from liquidfusion.bench.caches import HOW
 from liquidfusion.bench.models import DTYPES
+from liquidfusion.bench.sweep.cells import Cell, Grid
 from liquidfusion.bench.tasks import TASKS
 from liquidfusion.exceptions import ConfigError
 
@@ -25,15 +27,18 @@ class Experiment:
     strategies: list[str]
     cache_sizes: list[float]
     budgets: list[int]
+    memory: list[str]
+    bits: list[str]
     parameters: dict[str, Any]
     tasks: dict[str, Any]
     device: str
     dtype: str
     jobs: int
     seed: int
+    repeat: int
     output_dir: str
 
-    def cells(self) -> list[sweeping.Cell]:
+    def cells(self) -> list[Cell]:
         """Return the cells to measure.
 
         Raises
@@ -41,24 +46,17 @@ class Experiment:
         ConfigError
             A size or a parameter is out of range.
         """
-        return sweeping.cells(
-            models=self.models,
-            tasks=list(self.tasks),
-            strategies=self.strategies,
-            cache_sizes=self.cache_sizes,
-            budgets=self.budgets,
-            parameters=self.parameters,
-            options=lambda task: _options(task, self.tasks[task]),
-            seed=self.seed,
-            dtype=self.dtype,
-        )
+        tasks = {task: _options(task, given) for task, given in self.tasks.items()}
+        own = ("tasks", "device", "jobs", "output_dir")
+        shared = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
+        return Grid(tasks=tasks, **shared).cells()
 
 
 def _options(task: str, given: dict[str, Any] | None) -> dict[str, Any]:
     """Return a task's options, its ``prompt_file`` read."""
     options = dict(given or {})
     path, prompt = options.pop("prompt_file", None), options.pop("prompt", None)
-    read = inputs.task_options(TASKS[task], prompt=prompt, prompt_file=None if path is None else Path(path))
+    read = inputs.task_options(TASKS[task], {"prompt": prompt, "prompt_file": None if path is None else Path(path)})
     return options | {name: str(value) if isinstance(value, Path) else value for name, value in read.items()}
 
 
@@ -147,11 +145,10 @@ def _checked(settings: dict[str, Any]) -> Experiment:
         if key not in kinds:
             raise ConfigError(f"key {key!r} is unknown; accepted: {', '.join(kinds)}")
         settings[key] = _as(key, value, kinds[key])
-    _choices("strategies", settings["strategies"], strategy_names())
+    _choices("strategies", settings["strategies"], of_strategies.strategy_names())
     _choices("tasks", settings["tasks"], list(TASKS))
     _choices("dtype", [settings["dtype"]], list(DTYPES))
-    size = ("strategy", "cache_size", "budget")
-    _choices("parameters", settings["parameters"], [f.name for f in fields(CacheOptions) if f.name not in size])
+    _choices("parameters", settings["parameters"], [*of_strategies.table(), *HOW])
     for task, options in settings["tasks"].items():
         if not isinstance(options, dict | types.NoneType):
             raise ConfigError(f"tasks.{task}: {options!r}: options and their values are accepted")
@@ -163,7 +160,10 @@ def _as(key: str, value: Any, kind: Any) -> Any:
     """Return `value` if it is of the kind that `key` needs; a number passes for a list of one."""
     if get_origin(kind) is list:
         inner = get_args(kind)[0]
-        return [_as(key, item, inner) for item in (value if isinstance(value, list) else [value])]
+        items = value if isinstance(value, list) else [value]
+        # a number of bits or bytes is written as a number, and means the same as text
+        text = key in ("bits", "memory")
+        return [_as(key, str(item) if text and isinstance(item, int) else item, inner) for item in items]
     plain = get_origin(kind) or kind
     if plain is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -1,0 +1,297 @@
+"""``plan``: what fits into a device and how fast it can be, from a model's configuration alone."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from liquidfusion.bench import decoding, machine
+from liquidfusion.bench.caches import CacheOptions
+from liquidfusion.bench.jobs.shapes import SHAPES, shape_config
+from liquidfusion.bench.models import ModelError, first_line, locate, resolve_device, silence
+from liquidfusion.bench.notices import notice
+from liquidfusion.exceptions import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Memory in bytes, its bandwidth in bytes a second, and whether it is an NVIDIA GPU, as what was measured."""
+
+    memory: float
+    bandwidth: float
+    cuda: bool = False
+
+
+def _of(memory: float, bandwidth: float, *, cuda: bool = False) -> Device:
+    return Device(memory * 1e9, bandwidth * 1e12, cuda)
+
+
+DEVICES = {
+    "rtx3090": _of(24, 0.936, cuda=True),
+    "rtx4090": _of(24, 1.008, cuda=True),
+    "rtx5090": _of(32, 1.792, cuda=True),
+    "rtx4060-laptop": _of(8, 0.256, cuda=True),
+    "rtx4090-laptop": _of(16, 0.576, cuda=True),
+    "l4": _of(24, 0.300, cuda=True),
+    "l40s": _of(48, 0.864, cuda=True),
+    "a100": _of(80, 2.039, cuda=True),
+    "h100": _of(80, 3.35, cuda=True),
+    "h200": _of(141, 4.8, cuda=True),
+    "b200": _of(180, 8.0, cuda=True),
+    "dgx-spark": _of(128, 0.273, cuda=True),
+    "m2-laptop": _of(16, 0.100),
+    "m4-laptop": _of(16, 0.120),
+    "m4-pro-laptop": _of(24, 0.273),
+    "m4-max-laptop": _of(64, 0.546),
+    "laptop-ddr5": _of(16, 0.0896),
+    "laptop-lpddr5x": _of(32, 0.120),
+    "desktop-ddr5": _of(64, 0.0896),
+    "epyc-9004": _of(768, 0.4608),
+    "xeon-sapphire-rapids": _of(512, 0.3072),
+}
+"""From the makers' data sheets: bandwidth as it is written there, memory in the size that is usual. CPUs: two channels
+of DDR5-5600, a 128-bit bus of LPDDR5X-7500, twelve channels of DDR5-4800, eight channels of DDR5-4800."""
+
+THIS = "this"
+"""The device of this machine, its bandwidth measured."""
+
+_GRAPH, _COMPILED = 0.58, 0.70
+"""Shares of the data sheet's bandwidth that whole decode steps reached on an H100; see docs/performance.md."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Bytes, batches, the least time that memory bandwidth allows and the time to expect.
+
+    Attributes
+    ----------
+    weight_bytes
+        The model's weights.
+    full_cache_bytes, bounded_cache_bytes
+        The cache of the whole batch at the end of the context.
+    budget
+        Tokens the bounded cache keeps for each layer, row and kv head; None: all.
+    full_fits, bounded_fits
+        Whether weights and cache fit into the memory that is not held back.
+    full_largest_batch, bounded_largest_batch
+        Rows that fit.
+    largest_budget
+        Tokens that a bounded cache of this batch may keep so that it fits; 0: not even the fewest.
+    model_positions
+        Positions that the model was made for; None: it does not say.
+    full_least_seconds, bounded_least_seconds
+        Least time for one token of every row: weights and cache are read once.
+    full_step_seconds, bounded_step_seconds
+        Time to expect, from what was measured: of transformers' StaticCache with torch.compile, and of `KVCache`. None
+        for devices on which nothing was.
+    speedup
+        The ratio of the times to expect.
+    full_tokens_per_second, bounded_tokens_per_second
+        Tokens a second to expect at the largest batch that fits; 0 if none fits.
+    """
+
+    weight_bytes: int
+    full_cache_bytes: int
+    bounded_cache_bytes: int
+    budget: int | None
+    full_fits: bool
+    bounded_fits: bool
+    full_largest_batch: int
+    bounded_largest_batch: int
+    largest_budget: int
+    model_positions: int | None
+    full_least_seconds: float
+    bounded_least_seconds: float
+    full_step_seconds: float | None
+    bounded_step_seconds: float | None
+    speedup: float | None
+    full_tokens_per_second: float | None
+    bounded_tokens_per_second: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields by name."""
+        return asdict(self)
+
+
+def read_config(name: str) -> PreTrainedConfig:
+    """Return a model's configuration: ``smollm2``, a shape of ``speed``, a directory or a hub id; no weights are read.
+
+    Raises
+    ------
+    ModelError
+        There is none.
+    """
+    if name in SHAPES:
+        return shape_config(name)
+    source = locate(name)
+    with silence():
+        try:
+            config: PreTrainedConfig = AutoConfig.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"the configuration of {name!r} cannot be read: {first_line(error)}") from error
+    return config
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The attention of a model, as far as a cache's size depends on it."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> "Heads":
+        """Read them from a configuration."""
+        text = config.get_text_config(decoder=True)
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        return cls(int(text.num_hidden_layers), int(text.num_attention_heads), int(kv_heads), int(head_dim))
+
+    def token_bytes(self, element: int, bits: tuple[int, int] | None = None, ledger: int = 0) -> int:
+        """Return the bytes that one cached token of one row takes, with `ledger` bytes of bookkeeping a slot.
+
+        Parameters
+        ----------
+        element
+            Bytes of a number of the model.
+        bits
+            Of keys and values; coded ones are padded to a multiple of 8 numbers and have a scale of 2 bytes each.
+        """
+        padded = -(-self.head_dim // 8) * 8
+        sides = [
+            self.head_dim * (2 if side == 16 else element) if side in (None, 16) else padded * side // 8 + 2
+            for side in bits or (None, None)
+        ]
+        return self.layers * self.kv_heads * (sum(sides) + ledger)
+
+
+def plan(
+    config: PreTrainedConfig,
+    cache: CacheOptions,
+    device: Device,
+    *,
+    context: int,
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    reserve: float = 0.1,
+) -> Plan:
+    """Compute what fits, the least time a token can take and the time to expect.
+
+    The least times are floors: weights and cache read once at full bandwidth. The times to expect use the shares of it
+    that were measured, with 8 billion weights on an H100: a smaller model is held up by the number of its kernels
+    instead. Where query heads share a key head, a compiled step of transformers copies the cache for each of them: a
+    full cache costs a read, and for each query head a write and a read.
+
+    Activations and the transient keys of a prompt in one piece must fit into the reserve.
+
+    Parameters
+    ----------
+    device
+        Where the model is to run.
+    context
+        Tokens of prompt and answer; a percentage as cache size refers to it.
+    batch
+        Rows.
+    reserve
+        Share of the memory held back.
+
+    Raises
+    ------
+    ConfigError
+        A number is out of range.
+    """
+    for name, value, unit in (
+        ("memory", device.memory / 1e9, " GB"),
+        ("bandwidth", device.bandwidth / 1e12, " TB/s"),
+        ("context", context, ""),
+        ("batch", batch, ""),
+    ):
+        if not value > 0:
+            raise ConfigError(f"{name} {value:g}{unit} is not above 0")
+    if not 0 <= reserve < 1:
+        raise ConfigError(f"reserve {reserve:g} is not a share from 0 up to, but not including, 1")
+    known = decoding.known_positions(config)
+    if known is not None and context > known:
+        notice(f"a context of {context:,} tokens is longer than the model's positions: it was made for {known:,}")
+    spec = cache.spec(context)
+    heads, element = Heads.of(config), dtype.itemsize
+    weights, read = _weights(config, element)
+    full_row = context * heads.token_bytes(element)
+    # a slot has its position and its place in the queue, 4 bytes each, and two scores if the strategy wants them
+    slot = heads.token_bytes(element, cache.bits, ledger=16 if spec.scored else 8)
+    bounded_row = (spec.budget if spec.budget is not None else context) * slot
+    room = device.memory * (1 - reserve) - weights
+    full_most, bounded_most = (max(0, int(room // row)) for row in (full_row, bounded_row))
+    group = heads.heads // heads.kv_heads
+    copies = 1 if group == 1 else 1 + 2 * group
+    reached = _COMPILED if cache.how.get("compile") else _GRAPH
+
+    def full_step(rows: int) -> float | None:
+        seconds = (read / _GRAPH + rows * full_row * copies / _COMPILED) / device.bandwidth
+        return seconds if device.cuda else None
+
+    def bounded_step(rows: int) -> float | None:
+        return (read + rows * bounded_row) / reached / device.bandwidth if device.cuda else None
+
+    full, bounded = full_step(batch), bounded_step(batch)
+    return Plan(
+        weight_bytes=weights,
+        full_cache_bytes=batch * full_row,
+        bounded_cache_bytes=batch * bounded_row,
+        budget=spec.budget,
+        full_fits=full_most >= batch,
+        bounded_fits=bounded_most >= batch,
+        full_largest_batch=full_most,
+        bounded_largest_batch=bounded_most,
+        largest_budget=max(0, int(room // (batch * slot))),
+        model_positions=known,
+        full_least_seconds=(read + batch * full_row) / device.bandwidth,
+        bounded_least_seconds=(read + batch * bounded_row) / device.bandwidth,
+        full_step_seconds=full,
+        bounded_step_seconds=bounded,
+        speedup=_ratio(full, bounded),
+        full_tokens_per_second=_ratio(full_most, full_step(full_most)),
+        bounded_tokens_per_second=_ratio(bounded_most, bounded_step(bounded_most)),
+    )
+
+
+def _ratio(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one / other
+
+
+def _weights(config: PreTrainedConfig, element: int) -> tuple[int, int]:
+    """Return the bytes of all weights, and of those that every step reads: of the embedding only a few rows are."""
+    with torch.device("meta"), silence():
+        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding
+    return total * element, (total if tied else total - embedding.numel()) * element
+
+
+def find_device(name: str) -> Device:
+    """Return a device of :data:`DEVICES`, or that of this machine: ``this``.
+
+    Raises
+    ------
+    ConfigError
+        It is not in the list.
+    """
+    if name == THIS:
+        return _this()
+    if name not in DEVICES:
+        raise ConfigError(
+            f"device {name!r} is unknown; accepted: {THIS}, {', '.join(DEVICES)}, or give --memory and --bandwidth"
+        )
+    return DEVICES[name]
+
+
+def _this() -> Device:
+    place = resolve_device("auto")
+    cuda = place.type == "cuda"
+    memory = torch.cuda.get_device_properties(place).total_memory if cuda else psutil.virtual_memory().total
+    return Device(float(memory), machine.copy_rate(place), cuda=cuda)

@@ -1,0 +1,1 @@
+"""From directories of results to tables, charts and pages."""

@@ -1,0 +1,1 @@
+"""Many measurements in one go: which ones (`cells`, `experiments`), and getting them done (`work`)."""
