@@ -62,7 +62,7 @@ class Geometry:
 
     `architecture`: the class. `layers`: of the decoder, in order. `vocabulary`: tokens. `positions`: the
     `max_position_embeddings` the model knows, 0 if it says none. `softcap`: of the attention logits, 0 for none.
-    `dtype`: of the weights.
+    `dtype`: of the weights. `processes`: that share the heads, with tensor parallelism.
     """
 
     architecture: str
@@ -71,6 +71,7 @@ class Geometry:
     positions: int
     softcap: float
     dtype: str
+    processes: int = 1
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Geometry:
@@ -95,6 +96,7 @@ class Geometry:
             positions=int(getattr(config, "max_position_embeddings", 0) or 0),
             softcap=float(getattr(config, "attn_logit_softcapping", 0) or 0),
             dtype=str(model.dtype).removeprefix("torch."),
+            processes=int(getattr(model, "_tp_size", None) or 1),
         )
 
     @property

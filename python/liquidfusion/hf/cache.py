@@ -14,27 +14,24 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from liquidfusion import _core
 from liquidfusion.compute import kernels
 from liquidfusion.compute.rotary import Rotary
 from liquidfusion.exceptions import CacheError, ConfigError, UnsupportedError
 from liquidfusion.geometry import Geometry, attention_configs, layer_devices
+from liquidfusion.hf.formats import fit, layer_formats, layer_spec
 from liquidfusion.hf.hook import Forward, Serves, install, switched
 from liquidfusion.hf.layers import Seen, SlotLayer
 from liquidfusion.options import SHORT, Run, Strategy, chosen, resolve
+from liquidfusion.precision import Bits, bytes_of
 from liquidfusion.run.backend import attending
 from liquidfusion.run.eager import Eager
 from liquidfusion.run.graph import Graph
 from liquidfusion.run.step import Past, Step
 from liquidfusion.state import session
 from liquidfusion.state.group import Group, Groups
-from liquidfusion.state.slots import Format
 
 POSITIONS = ("absolute", "cache", "auto")
 """What `positions` may be."""
-
-SMALLEST_WINDOW = 8
-"""Sliding windows of fewer tokens are kept by the cache's own strategy."""
 
 
 class KVCache(Cache, Serves):
@@ -53,6 +50,13 @@ class KVCache(Cache, Serves):
         The budget in percent (0 to 100] of `prompt_tokens`; not together with `budget`.
     prompt_tokens : int, optional
         Prompt length in tokens that `cache_size` refers to.
+    memory : int or str, optional
+        The budget in bytes of one row (one sequence: all layers and heads, with tensor parallelism those of all
+        processes), such as `"512MiB"`: as many slots as `nbytes` allows. Not together with `budget` or `cache_size`.
+    bits : int, pair of int or str, optional
+        Bits of each number of keys and values: 16, 8 or 4, or a pair (keys, values) from 16, 8, 4 and 16, 8, 4, 2;
+        default: the model's dtype. Fewer than 16 are codes, and the same memory holds more tokens. The first such cache
+        of a model reads 1,024 fixed tokens once, to see how its keys are best coded.
     positions : str
         What rotary positions are. `absolute`: the token's index in its sequence, as without a KVCache. `cache`: its
         rank among the kept tokens (StreamingLLM), so that a text may go on far past the positions that the model knows.
@@ -82,8 +86,8 @@ class KVCache(Cache, Serves):
     A layer with a sliding window that fits into the budget keeps its window alone, exactly, in as many slots; one with
     a wider window is bounded like every other layer.
 
-    Bytes per slot: `2 * head_dim * element_size + 12`. Sources: H2O, https://arxiv.org/abs/2306.14048; StreamingLLM,
-    https://arxiv.org/abs/2309.17453.
+    Bytes per slot: `2 * head_dim * bits / 8 + 12`, and 2 for each coded side. Sources: H2O,
+    https://arxiv.org/abs/2306.14048; StreamingLLM, https://arxiv.org/abs/2309.17453.
 
     Examples
     --------
@@ -99,6 +103,8 @@ class KVCache(Cache, Serves):
         *,
         cache_size: float | None = None,
         prompt_tokens: int | None = None,
+        memory: int | str | None = None,
+        bits: int | tuple[int, int] | str | None = None,
         positions: str = "absolute",
         threads: int | None = None,
         graph: bool = True,
@@ -110,9 +116,20 @@ class KVCache(Cache, Serves):
         self._run = Run(threads, graph, compile, overlap)
         short = {name: strategy_parameters.pop(name, None) for name in SHORT}
         told = chosen(strategy, short, strategy_parameters)
-        self.spec = resolve(told, budget, cache_size, prompt_tokens)
         if positions not in POSITIONS:
             raise ConfigError(f"positions={positions!r}; {list(POSITIONS)} are accepted")
+        self._bits = Bits.of(bits)
+        if memory is None:
+            self.spec = resolve(told, budget, cache_size, prompt_tokens)
+        elif budget is not None or cache_size is not None:
+            raise ConfigError(f"memory={memory!r} is given beside another size; one of them is accepted")
+        else:
+            bytes_of(memory)
+            self.spec = resolve(told, None)
+        rotary = None if positions == "absolute" else Rotary(model, geometry)
+        formats = layer_formats(model, geometry, self._bits, rotary)
+        if memory is not None and self.spec.bounded:
+            self.spec = fit(told, memory, geometry, formats)
         known = geometry.positions
         if positions != "absolute" and self.spec.budget is not None and self.spec.budget > known:
             raise ConfigError(
@@ -120,12 +137,12 @@ class KVCache(Cache, Serves):
                 f"and the model knows {known} positions"
             )
         self._geometry, self._configs, self._positions = geometry, attention_configs(model), positions
-        self._rotary = None if positions == "absolute" else Rotary(model, geometry)
+        self._rotary = rotary
         self._relative_from = 0 if positions == "cache" else known
         self._model = weakref.ref(model)
         self._seen = Seen()
         specs = [layer_spec(self.spec, window) for window in geometry.windows]
-        self._groups = Groups(specs, [Format()] * len(specs), threads)
+        self._groups = Groups(specs, formats, threads)
         super().__init__(layers=[SlotLayer(i, self._groups, self._seen) for i in range(len(geometry.layers))])
         self._graph: Graph | None = None
         self.evicting = True
@@ -287,7 +304,8 @@ class KVCache(Cache, Serves):
         )
 
     def __repr__(self) -> str:
-        told = {"budget": self.spec.budget} | {k: v for k, v in self.spec.params.items() if v is not None}
+        bits = {} if self._bits is None else {"bits": self._bits.given}
+        told = {"budget": self.spec.budget} | bits | {k: v for k, v in self.spec.params.items() if v is not None}
         return (
             f"KVCache(strategy={self.spec.strategy!r}, {', '.join(f'{k}={v!r}' for k, v in told.items())}; "
             f"columns seen={self._seen.columns}, evictions={self.evictions}, bytes={self.nbytes})"
@@ -303,6 +321,9 @@ class KVCache(Cache, Serves):
         rows = {
             "strategy": self.spec.strategy,
             "budget": "unbounded" if self.spec.budget is None else f"{self.spec.budget} tokens a layer, row and head",
+            "bits of keys and values": "the model's own"
+            if self._bits is None
+            else f"{self._bits.keys}, {self._bits.values}",
             "slots filled": ", ".join(filled) or "none yet",
             "columns seen": self._seen.columns,
             "evictions": self.evictions,
@@ -418,13 +439,18 @@ class KVCache(Cache, Serves):
     def _told(self) -> dict[str, Any]:
         """What makes a cache that keeps the same tokens; JSON's types only."""
         (strategy,), parameters = self.spec.__getnewargs_ex__()
-        return {"strategy": strategy, "positions": self._positions, **parameters}
+        bits = {} if self._bits is None else {"bits": self._bits.given}
+        return {"strategy": strategy, "positions": self._positions, **bits, **parameters}
 
     def _state(self) -> session.State:
         if self._broken is not None:
             raise CacheError(f"an earlier call failed half-way ({self._broken}); its state cannot be kept")
         self._used(0)
+        slots = self._groups[0][0].slots[0]
+        assert slots is not None
+        made = {} if self._bits is None else {"made": str(slots.keys.made).removeprefix("torch.")}
         description = {
+            **made,
             "spec": self._told(),
             "model": asdict(session.Fingerprint.of(self._geometry)),
             "columns": self._seen.columns,
@@ -437,9 +463,9 @@ class KVCache(Cache, Serves):
     @classmethod
     def _like(cls, told: Mapping[str, Any], model: PreTrainedModel, options: Mapping[str, Any]) -> Self:
         """An unused cache by what `_told` says."""
-        own = {name: value for name, value in told.items() if name not in ("strategy", "budget", "positions")}
-        positions = told.get("positions", "absolute")
-        return cls(model, Strategy(told["strategy"], **own), told.get("budget"), positions=positions, **options)
+        ours = {name: told[name] for name in ("positions", "bits") if name in told}
+        own = {name: value for name, value in told.items() if name not in ("strategy", "budget", *ours)}
+        return cls(model, Strategy(told["strategy"], **own), told.get("budget"), **ours, **options)
 
     @classmethod
     def _from_state(
@@ -453,18 +479,3 @@ class KVCache(Cache, Serves):
         cache._seen.columns, cache._seen.batch = state.description["columns"], len(state.description["seen"])
         cache._evicted_before = state.description["evictions"]
         return cache
-
-
-def layer_spec(spec: _core.Spec, window: int) -> _core.Spec:
-    """What a layer keeps: its window alone where that fits into the budget, since it never attends to other tokens.
-
-    Parameters
-    ----------
-    spec : _core.Spec
-        The cache's own.
-    window : int
-        Sliding window of the layer in tokens, 0 for none.
-    """
-    if not window or window < SMALLEST_WINDOW or (spec.budget is not None and window > spec.budget):
-        return spec
-    return _core.Spec("local", window)

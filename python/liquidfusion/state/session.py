@@ -123,20 +123,18 @@ def scatter(state: State, groups: Groups, devices: Sequence[torch.device]) -> No
         kv_heads = _of_layer(told["model"]["kv_heads"], groups.places.index((number, 0)))
         shapes.append((len(group.slots), len(told["seen"]), kv_heads, slots))
         _check_tensor(tensors, f"positions.{number}", shapes[-1], torch.int32)
-    for layer, (number, _) in enumerate(groups.places):
-        shape = (*shapes[number][1:], _of_layer(told["model"]["head_dim"], layer))
-        # A model whose weights are quantised may have another dtype.
-        dtype = _check_tensor(tensors, f"keys.{layer}", shape).dtype
-        _check_tensor(tensors, f"values.{layer}", shape, dtype)
     for number, group in enumerate(groups.all):
         group.allocate(*shapes[number][1:], devices[groups.places.index((number, 0))])
         _fill(group, number, tensors, told["seen"])
     for layer, device in enumerate(devices):
         group, index = groups[layer]
-        keys, values = tensors.pop(f"keys.{layer}"), tensors.pop(f"values.{layer}")
-        slots, _ = group.layer(index, keys[:, :, :0].to(device), values[:, :, :0].to(device))
+        made = _made(told, tensors, layer)
+        like = torch.empty(
+            (1, group.ledger.kv_heads, 0, _of_layer(told["model"]["head_dim"], layer)), dtype=made, device=device
+        )
+        slots, _ = group.layer(index, like, like)
         for name, own in slots.tensors().items():
-            own.copy_({"keys": keys, "values": values}[name])
+            own.copy_(_take(tensors, f"{name}.{layer}", tuple(own.shape), own.dtype))
     for group in groups.all:
         group.ledger.push()
     if tensors:
@@ -154,6 +152,21 @@ def _fill(group: Group, number: int, tensors: dict[str, Tensor], seen: list[int]
             raise CacheError(f"{kind}.{number} has scores that are NaN, infinite or negative")
         own.copy_(scores)
     ledger.core.restore(_take(tensors, f"queues.{number}", shape, torch.int32).contiguous(), seen)
+
+
+def _made(told: Mapping[str, Any], tensors: Mapping[str, Tensor], layer: int) -> torch.dtype:
+    """The dtype in which the model made a layer's keys, which quantised weights do not tell."""
+    if "made" in told:
+        made = getattr(torch, str(told["made"]), None)
+        if not isinstance(made, torch.dtype) or not made.is_floating_point:
+            raise CacheError(f"the session says made={told['made']!r}; a floating point dtype is accepted")
+        return made
+    keys = tensors.get(f"keys.{layer}")
+    if keys is None:
+        raise CacheError(f"tensor keys.{layer} is missing")
+    if not keys.is_floating_point():
+        raise CacheError(f"keys.{layer} is {keys.dtype} {list(keys.shape)}, floating point is accepted")
+    return keys.dtype
 
 
 def _of_layer(told: Any, layer: int) -> int:

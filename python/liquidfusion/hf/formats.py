@@ -1,0 +1,102 @@
+"""What each layer of a model keeps, how its slots hold it, and how many slots a number of bytes buys."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from weakref import WeakSet
+
+import torch
+from transformers import PreTrainedModel
+
+from liquidfusion import _core
+from liquidfusion.compute.codes import Coding
+from liquidfusion.compute.rotary import Rotary
+from liquidfusion.geometry import Geometry, Layer
+from liquidfusion.hf.probe import COSTLY, probe
+from liquidfusion.options import Strategy
+from liquidfusion.precision import Bits, slots_in
+from liquidfusion.state.slots import Format
+
+SMALLEST_WINDOW = 8
+"""Sliding windows of fewer tokens are kept by the cache's own strategy."""
+
+POSITION_BYTES, SCORE_BYTES, QUEUE_BYTES = 4, 8, 4
+
+_warned: WeakSet[PreTrainedModel] = WeakSet()
+
+
+def layer_spec(spec: _core.Spec, window: int) -> _core.Spec:
+    """What a layer keeps: its window alone where that fits into the budget, since it never attends to other tokens.
+
+    Parameters
+    ----------
+    spec : _core.Spec
+        The cache's own.
+    window : int
+        Sliding window of the layer in tokens, 0 for none.
+    """
+    if not window or window < SMALLEST_WINDOW or (spec.budget is not None and window > spec.budget):
+        return spec
+    return _core.Spec("local", window)
+
+
+def layer_formats(model: PreTrainedModel, geometry: Geometry, bits: Bits | None, rotary: Rotary | None) -> list[Format]:
+    """How the slots of every layer hold keys and values: a function of the model and of what was asked for, alone.
+
+    Warns once per model where `probe` finds that the bits cost more than 3 % of perplexity.
+    """
+    if bits is None:
+        return [Format()] * len(geometry.layers)
+    half = torch.float16 if geometry.dtype == "float16" else torch.bfloat16
+    if not bits.coded:
+        return [Format(half, half)] * len(geometry.layers)
+    found = probe(model, geometry, bits, rotary)
+    if found.cost > COSTLY and model not in _warned:
+        _warned.add(model)
+        warnings.warn(
+            f"bits={bits.given!r} costs {type(model).__name__} about {found.cost:.0%} of its perplexity on random text; "
+            "more bits cost less",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    formats = []
+    for index, layer in enumerate(geometry.layers):
+        own = found.bits(index)
+        keys = half if own.keys == 16 else Coding(own.keys, layer.key_dim, found.layers[index].mu)
+        formats.append(Format(keys, half if own.values == 16 else Coding(own.values, layer.value_dim)))
+    return formats
+
+
+def slot_bytes(layer: Layer, held: Format, spec: _core.Spec, element: int) -> int:
+    """Bytes of one token in all heads of a layer; `element`: of a number in the model's dtype."""
+
+    def side(how: torch.dtype | Coding | None, head_dim: int) -> int:
+        if isinstance(how, Coding):
+            return how.nbytes
+        return head_dim * (element if how is None else how.itemsize)
+
+    beside = POSITION_BYTES + QUEUE_BYTES + (SCORE_BYTES if spec.scored else 0)
+    return layer.kv_heads * (side(held.keys, layer.key_dim) + side(held.values, layer.value_dim) + beside)
+
+
+def fit(strategy: Strategy, memory: int | str, geometry: Geometry, formats: Sequence[Format]) -> _core.Spec:
+    """Resolve a strategy with the largest budget whose slots take no more than `memory` bytes a row.
+
+    Raises
+    ------
+    ConfigError
+        Even the sinks and 4 tokens take more; the message names how much.
+    """
+    element = getattr(torch, geometry.dtype).itemsize
+
+    def nbytes(budget: int) -> int:
+        own = strategy.spec(budget)
+        total = 0
+        for layer, held in zip(geometry.layers, formats, strict=True):
+            spec = layer_spec(own, layer.window)
+            total += (spec.budget or 0) * slot_bytes(layer, held, spec, element)
+        return total * geometry.processes
+
+    sinks = int(strategy.spec().params.get("sink_size") or 0)
+    return strategy.spec(slots_in(memory, nbytes, sinks + 4))
