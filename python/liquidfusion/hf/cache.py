@@ -321,9 +321,7 @@ class KVCache(Cache, Serves):
         rows = {
             "strategy": self.spec.strategy,
             "budget": "unbounded" if self.spec.budget is None else f"{self.spec.budget} tokens a layer, row and head",
-            "bits of keys and values": "the model's own"
-            if self._bits is None
-            else f"{self._bits.keys}, {self._bits.values}",
+            "bits": "the model's own" if self._bits is None else self._bits.given,
             "slots filled": ", ".join(filled) or "none yet",
             "columns seen": self._seen.columns,
             "evictions": self.evictions,
@@ -448,9 +446,9 @@ class KVCache(Cache, Serves):
         self._used(0)
         slots = self._groups[0][0].slots[0]
         assert slots is not None
-        made = {} if self._bits is None else {"made": str(slots.keys.made).removeprefix("torch.")}
+        made = {"made": str(slots.keys.made).removeprefix("torch."), "held": self._groups.held}
         description = {
-            **made,
+            **({} if self._bits is None else made),
             "spec": self._told(),
             "model": asdict(session.Fingerprint.of(self._geometry)),
             "columns": self._seen.columns,
@@ -475,6 +473,9 @@ class KVCache(Cache, Serves):
             cache = cls._like(state.description["spec"], model, options)
         except (ConfigError, UnsupportedError, TypeError) as error:
             raise CacheError(f"the session's strategy cannot be: {error}") from error
+        held = state.description.get("held")
+        if cache._bits is not None and held != cache._groups.held:
+            raise CacheError(f"the session holds its layers in {held}, this model's are {cache._groups.held}")
         session.scatter(state, cache._groups, devices)
         cache._seen.columns, cache._seen.batch = state.description["columns"], len(state.description["seen"])
         cache._evicted_before = state.description["evictions"]

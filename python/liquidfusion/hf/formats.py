@@ -55,7 +55,7 @@ def layer_formats(model: PreTrainedModel, geometry: Geometry, bits: Bits | None,
     if found.cost > COSTLY and model not in _warned:
         _warned.add(model)
         warnings.warn(
-            f"bits={bits.given!r} costs {type(model).__name__} about {found.cost:.0%} of its perplexity on random text; "
+            f"bits={bits.given!r} costs {type(model).__name__} about {found.cost:.0%} perplexity on random text; "
             "more bits cost less",
             RuntimeWarning,
             stacklevel=3,
