@@ -199,7 +199,7 @@ class Scores:
 
 
 def distinctness(keys: Sequence[Sequence[float]]) -> list[float]:
-    """How far each key points from the mean direction of all: minus the cosine between them, 0 where there is none."""
+    """How far each key points from the mean direction of all: the negative cosine, 0 where there is none."""
 
     def unit(vector: Sequence[float]) -> list[float]:
         length = math.sqrt(sum(x * x for x in vector)) or 1.0
@@ -224,7 +224,7 @@ class Twin:
     `margin` is the smallest relative distance between a kept and a dropped score over all choices so far. Where it is
     far above the float32 error of the product, the product must choose the same tokens; an exact tie does not count,
     because the rule decides it, and neither does a choice by drawn numbers, which have no error. `distinct_margin` is
-    the same for choices by distinctness, which float32 holds: a test that hands the product this twin's own needs none.
+    the same for choices by distinctness, which float32 holds: a test that hands the product this twin's needs none.
 
     Layer and kv head matter to drawn numbers only, `keys` to distinctness only.
     """

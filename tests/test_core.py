@@ -561,3 +561,209 @@ def test_budget_from_percent():
             _core.budget_from_percent(percent, 10, 4)
     with pytest.raises(ConfigError, match="prompt_tokens must be an integer from 1"):
         _core.budget_from_percent(5, 0, 4)
+
+
+def filled(strategy: str = "h2o", steps: int = SLOTS + 9, **options: object) -> tuple[_core.Ledger, ...]:
+    """A ledger of which every row has seen `steps` tokens, and its tensors."""
+    positions, mass, peak = tensors()
+    core = _core.Ledger(_core.Spec(strategy, SLOTS, eviction_interval=2, **options), positions, mass, peak)
+    decode(core, steps, mass)
+    return core, positions, mass, peak
+
+
+def test_rows_that_take_no_part_rest():
+    core, positions, *_ = filled()
+    before, queues = positions.clone(), torch.empty(SHAPE, dtype=torch.int32)
+    core.queues(queues)
+    out = torch.full((LAYERS, 2, HEADS), -7, dtype=torch.int64)
+    core.begin([1, 0], out, rows=[2, 0])
+    assert (out[:, 0] == queues[:, 2, :, 0]).all(), "the first row of the call is the ledger's third"
+    assert (out[:, 1] == -1).all()
+    core.finish()
+    assert core.seen == [SLOTS + 9, SLOTS + 9, SLOTS + 10]
+    assert torch.equal(positions[:, :2], before[:, :2])
+    assert (positions[:, 2].amax(-1) == SLOTS + 9).all()
+
+    n = 5
+    columns = torch.arange(n, dtype=torch.int32)[None]
+    scores = torch.rand(1, HEADS, SLOTS + n)
+    source = torch.full((1, HEADS, SLOTS), -7, dtype=torch.int32)
+    core.begin([n], torch.empty(LAYERS, 1, HEADS, dtype=torch.int64), rows=[1])
+    for layer in range(LAYERS):
+        core.chunk(layer, columns, scores, scores.clone(), source)
+        assert (
+            sorted(source[0, 0][source[0, 0] >= 0].tolist()) == list(range(n))[-len(source[0, 0][source[0, 0] >= 0]) :]
+        )
+    core.finish()
+    assert core.seen == [SLOTS + 9, SLOTS + 14, SLOTS + 10]
+    assert torch.equal(positions[:, 0], before[:, 0])
+    assert (positions[:, 1].amax(-1) == SLOTS + 13).all()
+    for rows, error, message in [
+        ([0, 3], ConfigError, "rows must be from 0 to 2, got 3"),
+        ([1, 1], ConfigError, "rows must name a row once, got 1 twice"),
+        ([0], TensorError, r"slots must have the shape \[2, 1, 2\], got \[2, 2, 2\]"),
+        (0, ConfigError, "rows must be a sequence of integers, got 0"),
+    ]:
+        with pytest.raises(error, match=message):
+            core.begin([1, 1], out, rows)
+
+
+def test_a_released_row_is_as_new():
+    core, positions, mass, peak = filled()
+    others = [tensor[:, [0, 2]].clone() for tensor in (positions, mass, peak)]
+    core.release(1)
+    assert (positions[:, 1] == -1).all()
+    assert not mass[:, 1].any()
+    assert not peak[:, 1].any()
+    assert all(torch.equal(t[:, [0, 2]], old) for t, old in zip((positions, mass, peak), others, strict=True))
+    assert core.seen == [SLOTS + 9, 0, SLOTS + 9]
+    assert core.queue_lengths()[1] == SLOTS
+    fresh, fresh_positions, fresh_mass, _ = filled(steps=0)
+    for one, values in ((core, mass), (fresh, fresh_mass)):
+        for step in range(SLOTS + 5):
+            one.begin([1], torch.empty(LAYERS, 1, HEADS, dtype=torch.int64), rows=[1])
+            values[:, 1] += torch.rand(values[:, 1].shape, generator=torch.Generator().manual_seed(step))
+            one.finish()
+    assert torch.equal(positions[:, 1], fresh_positions[:, 1])
+    for row, message in ((3, "row must be from 0 to 2, got 3"), (-1, "row must be from 0 to 2, got -1")):
+        with pytest.raises(ConfigError, match=message):
+            core.release(row)
+    core.begin([1, 1, 1], slots_out())
+    with pytest.raises(CacheError, match="release must not come between begin and finish"):
+        core.release(0)
+
+
+def test_a_copied_row_goes_on_alike():
+    core, positions, mass, peak = filled()
+    core.release(2)
+    core.copy_row(0, 2)
+    for tensor in (positions, mass, peak):
+        assert torch.equal(tensor[:, 2], tensor[:, 0])
+    for step in range(20):
+        core.begin([1, 1], torch.empty(LAYERS, 2, HEADS, dtype=torch.int64), rows=[0, 2])
+        new = torch.rand((LAYERS, HEADS, SLOTS), generator=torch.Generator().manual_seed(step))
+        mass[:, 0] += new
+        mass[:, 2] += new
+        core.finish()
+    assert torch.equal(positions[:, 2], positions[:, 0])
+    assert core.seen == [SLOTS + 29, SLOTS + 9, SLOTS + 29]
+    with pytest.raises(ConfigError, match="target must be from 0 to 2, got 3"):
+        core.copy_row(0, 3)
+
+
+def test_one_row_is_restored():
+    core, positions, mass, _ = filled()
+    queues = torch.empty(SHAPE, dtype=torch.int32)
+    core.queues(queues)
+    other, other_positions, other_mass, _ = filled(steps=3)
+    other_positions[:, 2], other_mass[:, 2] = positions[:, 0], mass[:, 0]
+    other.restore(queues[:, :1].contiguous(), [core.seen[0]], rows=[2])
+    assert other.seen == [3, 3, core.seen[0]]
+    after = torch.empty(SHAPE, dtype=torch.int32)
+    other.queues(after)
+    assert torch.equal(after[:, 2], queues[:, 0])
+    assert (after[:, 0, :, 0] == 3).all()
+    with pytest.raises(TensorError, match=r"queues must have the shape \[2, 1, 2, 32\], got \[2, 3, 2, 32\]"):
+        other.restore(queues, core.seen, rows=[2])
+    with pytest.raises(CacheError, match="layer 0, row 0, head 0"):
+        other.restore(queues[:, :1].contiguous(), [core.seen[0]], rows=[0])
+
+
+def test_reorder_is_checked_before_anything_is_written(ledger):
+    core, _, mass, _ = ledger
+    decode(core, SLOTS + 5, mass)
+    before, after = (torch.empty(SHAPE, dtype=torch.int32) for _ in range(2))
+    core.queues(before)
+    for rows in ([2], [0, 0, 3], [0, 0, -1], [0, 0, 1.5]):
+        with pytest.raises((TensorError, ConfigError), match="rows must"):
+            core.reorder(rows)
+    core.queues(after)
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("options", [("keydiff", {}), ("liquid_fusion", {"distinct_ratio": 0.5})], ids=lambda o: o[0])
+def test_distinctness_is_needed_where_it_decides(options):
+    strategy, parameters = options
+    spec = _core.Spec(strategy, SLOTS, eviction_interval=2, **parameters)
+    assert spec.distinct
+    positions, mass, peak = tensors()
+    core = _core.Ledger(spec, positions, *((mass, peak) if spec.scored else (None, None)))
+    decode(core, SLOTS - 3)
+    core.begin([1] * BATCH, slots_out())
+    with pytest.raises(TensorError, match=f"{strategy} needs distinct, got None"):
+        core.finish()
+    distinct = torch.rand(SHAPE, generator=torch.Generator().manual_seed(0)) - 0.5
+    for bad in (math.nan, math.inf):
+        spoiled = distinct.clone()
+        spoiled[1, 0, 1, 3] = bad
+        with pytest.raises(ScoreError, match=r"distinct of layer 1, row 0, head 1, index 3 is .*; distinctness must"):
+            core.finish(spoiled)
+    with pytest.raises(TensorError, match=r"distinct must have the shape \[2, 3, 2, 32\], got \[2, 3, 2, 31\]"):
+        core.finish(distinct[..., 1:].contiguous())
+    distinct[positions < 0] = math.nan  # no token is there
+    assert core.finish(distinct) == LAYERS * BATCH * HEADS * 2
+
+    n = 9
+    columns = torch.arange(n, dtype=torch.int32).repeat(BATCH, 1)
+    scores = torch.rand(BATCH, HEADS, SLOTS + n)
+    given = (scores, scores.clone()) if spec.scored else (None, None)
+    source = torch.full((BATCH, HEADS, SLOTS), -7, dtype=torch.int32)
+    core.begin([n] * BATCH, slots_out())
+    with pytest.raises(TensorError, match=f"{strategy} needs distinct, got None"):
+        core.chunk(0, columns, *given, source)
+    assert (source == -7).all()
+    for layer in range(LAYERS):
+        core.chunk(layer, columns, *given, source, distinct=torch.rand(BATCH, HEADS, SLOTS + n) - 0.5)
+    core.finish(torch.rand(SHAPE))
+    assert (positions >= 0).all()
+
+
+def test_keydiff_keeps_the_most_distinct():
+    core, positions, *_ = filled("keydiff", steps=0)
+    distinct = torch.linspace(-1, 1, SLOTS).expand(SHAPE).contiguous()  # of slot i, which holds position i
+    for _ in range(SLOTS - 2):
+        core.begin([1] * BATCH, slots_out())
+        core.finish(distinct)
+    queue = torch.empty((*SHAPE[:3], 4), dtype=torch.int32)
+    core.peek(queue, [0] * BATCH)
+    assert queue[0, 0, 0].tolist() == [SLOTS - 2, SLOTS - 1, 0, 1], "the empty slots, then those least distinct"
+    assert (positions >= 0).sum() == LAYERS * BATCH * HEADS * (SLOTS - 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flushed_denormals_change_nothing(dtype):
+    """Numbers of every size down to the smallest: the same scores on one thread and on two, flushed or not."""
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.randint(-149, 0, (1, 8, 2, 20, 4096), generator=generator)
+    given = torch.pow(2.0, exponents.double()).to(dtype)
+    ages = torch.arange(19, -1, -1, dtype=torch.int32)[None]
+    start = torch.pow(2.0, torch.randint(-149, 0, (2, 1, 8, 4096), generator=generator).double()).float()
+    assert (given[given > 0] < torch.finfo(torch.float32).tiny).any()
+
+    def scores(threads: int) -> torch.Tensor:
+        bound = start.clone()
+        for _ in range(3):
+            _core.accumulate(given, ages, [20], bound[0], bound[1], 0.05, 0.3, weights=start[0], threads=threads)
+        return bound.view(torch.int32)
+
+    plain = scores(1)
+    assert torch.equal(plain, scores(2))
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this machine does not flush denormals")
+    try:
+        flushed = [scores(threads) for threads in (1, 2, 2, 2)]
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(torch.equal(plain, one) for one in flushed)
+
+
+@pytest.mark.parametrize("half_life", [4096, 2**31 - 1])
+def test_a_fresh_ledger_costs_little(half_life):
+    """A cache is made for every `generate` inside `use`; what depends on the context's length is worked out later."""
+    bound = tensors((2, 1, 2, 64))
+    best = math.inf
+    for _ in range(20):
+        start = time.perf_counter()
+        _core.Ledger(_core.Spec("liquid_fusion", 64, age_half_life=half_life), *bound)
+        best = min(best, time.perf_counter() - start)
+    assert best < 1e-3
