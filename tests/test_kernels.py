@@ -49,7 +49,7 @@ def close(actual, expected, tolerance):
     assert error <= tolerance, f"relative error {error:.2e} above {tolerance:.0e}"
 
 
-def naive(q, k, v, visible, scale, softcap):
+def naive(q, k, v, visible, scale, softcap, sinks=None):
     """Output [b, hq, n, d] and group-mean probabilities [b, hkv, n, c] in float64; k and v are [b, hkv, c, d]."""
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[1] // k.shape[1]
@@ -58,7 +58,10 @@ def naive(q, k, v, visible, scale, softcap):
     if softcap:
         x = softcap * torch.tanh(x / softcap)
     mask = visible.repeat_interleave(group, 1)
-    p = torch.nan_to_num(x.masked_fill(~mask, -math.inf).softmax(-1))
+    x = x.masked_fill(~mask, -math.inf)
+    if sinks is not None:
+        x = torch.cat([x, sinks.double()[:, None, None].expand(*x.shape[:3], 1)], -1)
+    p = torch.nan_to_num(x.softmax(-1))[..., : k.shape[2]]
     return p @ v, p.unflatten(1, (-1, group)).mean(2)
 
 

@@ -17,11 +17,12 @@ except ModuleNotFoundError:
     _FOUND = False
 
 if _FOUND:
+    from .coded import decode_coded
     from .decode import decode
     from .place import place
     from .prefill import prefill
 
-    __all__ = ["available", "decode", "place", "prefill"]
+    __all__ = ["available", "decode", "decode_coded", "place", "prefill"]
 else:
     __all__ = ["available"]
 

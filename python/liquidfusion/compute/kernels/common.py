@@ -33,6 +33,16 @@ def base2_logits(x, scale, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
+def soften(x, top, sums):
+    """One step of the online softmax over logits [slots, queries] in base 2: (top, sums, probabilities, fade)."""
+    higher = tl.maximum(top, tl.max(x, 0))
+    shift = tl.where(higher == float("-inf"), 0.0, higher)
+    p = tl.exp2(x - shift[None, :])
+    fade = tl.exp2(top - shift)
+    return higher, sums * fade[None, :] + p, p, fade
+
+
+@triton.jit
 def squared_lengths(rows, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
     """Squared length of each row: the diagonal of 16 x 16 products.
 
@@ -56,3 +66,12 @@ def look_weight(squared_key, squared_value):
 def precision(dtype: torch.dtype, device: torch.device) -> str:
     """Choose the `PRECISION` of `dot`."""
     return "ieee" if dtype == torch.float32 or device.type != "cuda" else "tf32"
+
+
+def chained(device: torch.device) -> bool:
+    """Whether kernels may be launched while the one before still runs, to wait on the device for its end."""
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+        and hasattr(tl.extra.cuda, "gdc_wait")
+    )

@@ -1,13 +1,11 @@
 """Decode: one new token per row attends over the slots where they lie, and the ledger learns what it looked at.
 
 Two launches. `_attend` splits the slots of every (row, kv head) over programs; all query heads of a group share one
-read of the keys and values, and the program that owns the slot of the new token writes it. `_merge` joins the splits
+read of the keys and values, and the program that owns the slot of the new token writes it. `merge` joins the splits
 and updates mass and peak. Nothing is atomic, so two runs give the same bits.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -15,12 +13,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .common import base2_logits, dot, look_weight, precision, squared_lengths
+from .common import base2_logits, chained, dot, look_weight, precision, soften, squared_lengths
+from .merge import MAX_SPLITS, Splits, merge
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: N803 (Triton's constexpr parameters are upper case)
-
-MAX_SPLITS = 64  # `_merge` holds one [splits, head_dim] tile of partial outputs in registers
 
 
 @triton.jit
@@ -38,6 +35,7 @@ def _attend(
     ring,
     used,
     seen,
+    active,
     logits,
     norms,
     partial,
@@ -79,6 +77,7 @@ def _attend(
     VALUED: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
+    ACTIVE: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     CHAINED: tl.constexpr,
@@ -111,6 +110,9 @@ def _attend(
 
     now = tl.load(seen + row)
     target = tl.load(ring + wide_row * ring_row + head * ring_head + tl.load(used + row) % ring_size)
+    if ACTIVE:
+        alive = tl.load(active + row) != 0
+        stop = tl.where(alive, stop, start)
 
     top = tl.full([BLOCK_G], float("-inf"), tl.float32)
     sums = tl.zeros([BLOCK_S, BLOCK_G], tl.float32)
@@ -139,11 +141,7 @@ def _attend(
                 counts = (position >= 0) & (now - position >= gap)
                 tl.store(norms + s, tl.where(counts, norm, 0.0), mask=stays)
 
-        higher = tl.maximum(top, tl.max(x, 0))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp2(x - shift[None, :])
-        fade = tl.exp2(top - shift)
-        sums = sums * fade[None, :] + p
+        top, sums, p, fade = soften(x, top, sums)
         acc = acc * fade[None, :]
         p = p.to(v_tile.dtype)
         # An empty slot may hold NaN, and 0 * NaN would spread through the product.
@@ -151,13 +149,12 @@ def _attend(
             acc = dot(tl.trans(tl.where((position >= 0)[:, None], v_tile, 0.0)), p, acc, PRECISION)
         else:
             acc = dot(tl.trans(v_tile), p, acc, PRECISION)
-        top = higher
     total = tl.sum(sums, 0)
 
     if (target >= start) & (target < stop):
         # The new token never went through the loop: what its slot held before is masked there.
-        k_new = tl.load(k + wide_row * k_row + head * k_head + d, mask=in_dim, other=0.0)
-        v_new = tl.load(v + wide_row * v_row + head * v_head + d, mask=in_dim, other=0.0)
+        k_new = tl.load(k + wide_row * k_row + head * k_head + d, mask=in_dim, other=0.0).to(keys.dtype.element_ty)
+        v_new = tl.load(v + wide_row * v_row + head * v_head + d, mask=in_dim, other=0.0).to(values.dtype.element_ty)
         wide_target = target.to(tl.int64)
         tl.store(keys + wide_row * keys_row + head * keys_head + wide_target * keys_slot + d, k_new, mask=in_dim)
         tl.store(
@@ -186,86 +183,6 @@ def _attend(
     tl.store(stats + part * 2, top, mask=in_group)
     tl.store(stats + part * 2 + 1, total, mask=in_group)
     tl.store(partial + part[None, :] * HEAD_DIM + d[:, None], acc, mask=in_group[None, :] & in_dim[:, None])
-
-
-@triton.jit
-def _merge(
-    out,
-    mass,
-    peak,
-    logits,
-    norms,
-    partial,
-    stats,
-    mass_row,
-    mass_head,
-    peak_row,
-    peak_head,
-    slots,
-    splits,
-    mass_decay,
-    peak_decay,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    SCORED: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    CHAINED: tl.constexpr,
-):
-    if CHAINED:
-        tl.extra.cuda.gdc_wait()
-    block = tl.program_id(0)
-    head = tl.program_id(1)
-    row = tl.program_id(2).to(tl.int64)
-    pair = row * tl.num_programs(1) + head
-    part = tl.arange(0, BLOCK_P)
-
-    if SCORED:
-        g = tl.arange(0, BLOCK_G)
-        in_group = g < GROUP
-        parts = (pair * GROUP + g)[None, :] * splits + part[:, None]
-        there = in_group[None, :] & (part < splits)[:, None]
-        top = tl.load(stats + parts * 2, mask=there, other=float("-inf"))
-        total = tl.load(stats + parts * 2 + 1, mask=there, other=0.0)
-        s = block * BLOCK_S + tl.arange(0, BLOCK_S)
-        inside = s < slots
-        x = tl.load(
-            logits + (pair * slots + s)[:, None] * GROUP + g[None, :],
-            mask=inside[:, None] & in_group[None, :],
-            other=float("-inf"),
-        )
-        mass += row * mass_row + head * mass_head + s
-        peak += row * peak_row + head * peak_head + s
-        old_mass = tl.load(mass, mask=inside, other=0.0)
-        old_peak = tl.load(peak, mask=inside, other=0.0)
-        highest = tl.max(top, 0)
-        highest = tl.where(highest == float("-inf"), 0.0, highest)
-        sums = tl.sum(total * tl.exp2(top - highest[None, :]), 0)
-        share = tl.where(sums == 0.0, 0.0, 1.0 / (sums * GROUP))
-        p = tl.sum(tl.exp2(x - highest[None, :]) * share[None, :], 1)
-        if WEIGHTED:
-            p = p * tl.load(norms + pair * slots + s, mask=inside, other=0.0)
-        tl.store(mass, old_mass * mass_decay + p, mask=inside)
-        tl.store(peak, tl.maximum(old_peak * peak_decay, p), mask=inside)
-
-    if block < GROUP:
-        d = tl.arange(0, BLOCK_D)
-        own = (pair * GROUP + block) * splits + part
-        own_top = tl.load(stats + own * 2, mask=part < splits, other=float("-inf"))
-        own_total = tl.load(stats + own * 2 + 1, mask=part < splits, other=0.0)
-        acc = tl.load(
-            partial + own[:, None] * HEAD_DIM + d[None, :],
-            mask=(part < splits)[:, None] & (d < HEAD_DIM)[None, :],
-            other=0.0,
-        )
-        own_highest = tl.max(own_top, 0)
-        weight = tl.exp2(own_top - tl.where(own_highest == float("-inf"), 0.0, own_highest))
-        own_sum = tl.sum(own_total * weight, 0)
-        result = tl.sum(acc * weight[:, None], 0) / tl.where(own_sum == 0.0, 1.0, own_sum)
-        tl.store(out + (pair * GROUP + block) * HEAD_DIM + d, result.to(out.dtype.element_ty), mask=d < HEAD_DIM)
 
 
 def _config(slots: int, programs: int, row_bytes: int, device: torch.device) -> tuple[int, int, int, int]:
@@ -302,6 +219,8 @@ def _run(
     ring: Tensor,
     used: Tensor,
     seen: Tensor,
+    active: Tensor | None,
+    sinks: Tensor | None,
     scale: float,
     mass_decay: float,
     peak_decay: float,
@@ -318,20 +237,10 @@ def _run(
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     splits, per_split, tile, stages = _config(slots, batch * kv_heads, head_dim * keys.element_size(), keys.device)
 
-    scratch: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
+    left = Splits.of(q, positions, splits, head_dim, scored, weighted)
     out = torch.empty((batch, query_heads, head_dim), dtype=q.dtype, device=q.device)
-    partial = torch.empty((batch, query_heads, splits, head_dim), **scratch)
-    stats = torch.empty((batch, query_heads, splits, 2), **scratch)
-    logits = torch.empty((batch, query_heads, slots), **scratch) if scored else stats
-    norms = torch.empty((batch, kv_heads, slots), **scratch) if weighted else stats
     block_d = triton.next_power_of_2(head_dim)
     strides = (*mass.stride()[:2], *peak.stride()[:2]) if mass is not None and peak is not None else (0, 0, 0, 0)
-    # The merge is launched while the splits still run and waits on the device for their end.
-    chained = (
-        q.device.type == "cuda"
-        and torch.cuda.get_device_capability(q.device) >= (9, 0)
-        and hasattr(tl.extra.cuda, "gdc_wait")
-    )
 
     _attend[(splits, kv_heads, batch)](
         q,
@@ -341,15 +250,16 @@ def _run(
         keys,
         values,
         positions,
-        mass if mass is not None else stats,
-        peak if peak is not None else stats,
+        mass if mass is not None else positions,
+        peak if peak is not None else positions,
         ring,
         used,
         seen,
-        logits,
-        norms,
-        partial,
-        stats,
+        active if active is not None else positions,
+        left.logits,
+        left.norms,
+        left.partial,
+        left.stats,
         *q.stride()[:2],
         *k.stride()[:2],
         *v.stride()[:2],
@@ -375,38 +285,13 @@ def _run(
         VALUED=value_weighted,
         WINDOWED=window > 0,
         CAPPED=softcap > 0,
+        ACTIVE=active is not None,
         PRECISION=precision(q.dtype, q.device),
         STAGES=stages,
-        CHAINED=chained,
+        CHAINED=chained(q.device),
         num_warps=4,
     )
-    block_s = 256 if q.device.type == "cuda" else triton.next_power_of_2(slots)
-    blocks = max(group, triton.cdiv(slots, block_s)) if scored else group
-    _merge[(blocks, kv_heads, batch)](
-        out,
-        mass if mass is not None else stats,
-        peak if peak is not None else stats,
-        logits,
-        norms,
-        partial,
-        stats,
-        *strides,
-        slots,
-        splits,
-        mass_decay,
-        peak_decay,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        BLOCK_G=triton.next_power_of_2(group),
-        BLOCK_D=block_d,
-        BLOCK_S=block_s,
-        BLOCK_P=triton.next_power_of_2(splits),
-        SCORED=scored,
-        WEIGHTED=weighted,
-        CHAINED=chained,
-        num_warps=4,
-        **({"launch_pdl": True} if chained else {}),
-    )
+    merge(left, out, mass, peak, active, sinks, None, mass_decay, peak_decay)
     return out
 
 
@@ -432,6 +317,8 @@ def decode(
     ring: Tensor,
     used: Tensor,
     seen: Tensor,
+    active: Tensor | None = None,
+    sinks: Tensor | None = None,
     *,
     scale: float,
     mass_decay: float,
@@ -464,6 +351,11 @@ def decode(
         int32 ``[batch, kv_heads, R]``: the slots to overwrite, in turn.
     used, seen : Tensor
         int32 ``[batch]`` on the device: ring entries consumed, tokens seen.
+    active : Tensor or None
+        bool or int8 ``[batch]``: rows where it is 0 bring no token; nothing of them is read or written, their output is
+        0. None: all rows are active.
+    sinks : Tensor or None
+        float32 ``[query_heads]``: a learned logit per head in the softmax's denominator, neither scaled nor capped.
     scale : float
         Factor on the logits.
     mass_decay, peak_decay : float
@@ -496,6 +388,8 @@ def decode(
         ring,
         used,
         seen,
+        active,
+        sinks,
         scale,
         mass_decay,
         peak_decay,

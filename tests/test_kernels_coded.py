@@ -1,0 +1,262 @@
+"""The kernels over codes against naive torch twins, in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from test_kernels import DEVICE, MASS_DECAY, NATIVE, PEAK_DECAY, buffers, close, kernels, naive
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+STEPS = {8: 0.03076, 4: 0.3352, 2: 0.9957}
+PAIRS = [(4, 4), (8, 4), (4, 2), (8, 8), (4, 8), (8, 2), (16, 4), (4, 16), (8, 16), (16, 2)]
+
+
+def hadamard(size):
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / math.sqrt(size)
+
+
+def rotation_of(width, seed=0):
+    """Blocks of Hadamard matrices, largest first, times random signs; float64."""
+    sizes = [1 << bit for bit in range(width.bit_length() - 1, -1, -1) if width >> bit & 1]
+    signs = torch.randint(0, 2, (width,), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
+    return torch.block_diag(*map(hadamard, sizes)) * signs
+
+
+def levels_of(codes, bits):
+    """Levels of packed codes, float64 [..., width]."""
+    parts = [codes.long() >> (bits * i) & (2**bits - 1) for i in range(8 // bits)]
+    return torch.cat(parts, -1).double() * 2 - (2**bits - 1)
+
+
+def encode_of(y, bits):
+    """(codes, scales, coordinates in steps) of rotated vectors in float64."""
+    norm = y.norm(dim=-1, keepdim=True)
+    steps = y / (STEPS[bits] * norm / math.sqrt(y.shape[-1])) + 2 ** (bits - 1)
+    code = torch.nan_to_num(steps, nan=2 ** (bits - 1)).floor().clamp(0, 2**bits - 1)
+    scale = norm[..., 0] / (2 * code - (2**bits - 1)).norm(dim=-1)
+    parts = code.long().unflatten(-1, (8 // bits, -1)).unbind(-2)
+    return sum(part << bits * i for i, part in enumerate(parts)).to(torch.uint8), scale.half(), steps
+
+
+def decoded(codes, scales, bits, rotation, mu, head_dim):
+    """What the codes stand for, float64 [batch, heads, slots, head_dim]."""
+    states = levels_of(codes, bits) * scales.double()[..., None] @ rotation.to(codes.device)
+    return states[..., :head_dim] + mu.to(codes.device)[:, None]
+
+
+def check_codes(codes, scales, expected, bits):
+    """Equal, or coded from a coordinate within 1e-4 of a border of two codes; the scales follow."""
+    wanted, wanted_scales, steps = expected
+    actual = levels_of(codes, bits) / 2
+    off = actual != levels_of(wanted, bits) / 2
+    assert ((steps - steps.round()).abs()[off] < 1e-4).all(), "another code far from a border"
+    assert ((actual - levels_of(wanted, bits) / 2).abs()[off] <= 1).all()
+    norm = wanted_scales.double() * levels_of(wanted, bits).norm(dim=-1)
+    close(scales.double() * levels_of(codes, bits).norm(dim=-1), norm, 1e-3)
+
+
+class Case:
+    """Coded slots, some empty with garbage in them, and a new token."""
+
+    def __init__(self, seed, bits, dtype=torch.float32, group=2, head_dim=64, **options):
+        generator = torch.Generator().manual_seed(seed)
+        batch, kv_heads = options.pop("batch", 2), options.pop("kv_heads", 1 + NATIVE)
+        slots = int(torch.randint(17, 300 if NATIVE else 50, (), generator=generator))
+        slots = options.pop("slots", slots)
+        self.bits, self.dtype, self.head_dim = bits, dtype, head_dim
+        width = -(-head_dim // 8) * 8
+        self.rotation = rotation_of(width).to(DEVICE)
+        self.mu = torch.randn(kv_heads, head_dim, generator=generator, dtype=torch.float64).to(DEVICE)
+        self.mu *= options.pop("mean", 1.0)
+        filled = [slots, *(int(torch.randint(0, slots, (), generator=generator)) for _ in range(batch - 1))]
+        keys, values, self.positions, self.mass, self.peak = buffers(
+            batch, kv_heads, slots, head_dim, torch.float32, filled, generator
+        )
+        empty = self.positions < 0
+        self.sides = []
+        for states, mu, b in ((keys, self.mu, bits[0]), (values, torch.zeros_like(self.mu), bits[1])):
+            if b == 16:
+                self.sides.append([states.to(torch.bfloat16 if dtype == torch.float32 else dtype).contiguous(), None])
+                continue
+            codes, scales, _ = encode_of(self.rotated(torch.nan_to_num(states.double()) - mu[:, None]), b)
+            codes[empty] = 77
+            scales[empty] = math.nan
+            self.sides.append([codes.contiguous(), scales.contiguous()])
+        self.q = torch.randn(batch, kv_heads * group, head_dim, generator=generator).to(DEVICE, dtype)
+        kv = torch.randn(batch, 2 * kv_heads, head_dim, generator=generator).to(DEVICE, dtype)
+        self.k, self.v = kv[:, :kv_heads], kv[:, kv_heads:]
+        self.k = self.k + self.mu.to(dtype)
+        self.used = (torch.arange(batch, dtype=torch.int32) + 3).to(DEVICE)
+        self.seen = torch.tensor(filled, dtype=torch.int32, device=DEVICE)
+        ring = torch.randint(0, slots, (batch, kv_heads, 4), generator=generator, dtype=torch.int32)
+        for b in range(batch):
+            if filled[b] < slots:
+                ring[b, :, (b + 3) % 4] = empty[b].int().argmax(-1).cpu()
+        self.ring = ring.to(DEVICE)
+        self.active = self.sinks = None
+        self.centred = True
+        self.options = {
+            "scale": head_dim**-0.5,
+            "mass_decay": MASS_DECAY,
+            "peak_decay": PEAK_DECAY,
+            "value_weighted": True,
+            "look_gap": 0,
+            "softcap": 0.0,
+            "window": 0,
+        } | options
+
+    def rotated(self, states):
+        missing = self.rotation.shape[0] - states.shape[-1]
+        return torch.nn.functional.pad(states.double(), (0, missing)) @ self.rotation.T
+
+    def states(self, side):
+        """Keys (0) or values (1) as stored, float64."""
+        stored, scales = self.sides[side]
+        if scales is None:
+            return stored.double()
+        mu = self.mu if side == 0 else torch.zeros_like(self.mu)
+        return decoded(stored, scales, self.bits[side], self.rotation, mu, self.head_dim)
+
+    def run(self):
+        mean = self.rotated(self.mu).float() if self.centred and self.bits[0] < 16 else None
+        return kernels.decode_coded(
+            self.q,
+            self.k,
+            self.v,
+            *self.sides[0],
+            *self.sides[1],
+            self.positions,
+            self.mass,
+            self.peak,
+            self.ring,
+            self.used,
+            self.seen,
+            self.active,
+            self.sinks,
+            rotation=self.rotation.float().contiguous(),
+            mean=mean,
+            bits=self.bits,
+            **self.options,
+        )
+
+    def check(self, tolerance=None):
+        """Run, compare the codes written with the twin's, and from them on the rest."""
+        options = self.options
+        before = [[None if t is None else t.clone() for t in side] for side in self.sides]
+        positions, mass, peak = self.positions.clone(), self.mass.clone(), self.peak.clone()
+        out = self.run()
+        alive = torch.ones(len(self.q), dtype=torch.bool) if self.active is None else self.active.cpu() != 0
+        for row in alive.nonzero()[:, 0].tolist():
+            for head in range(self.k.shape[1]):
+                slot = int(self.ring[row, head, int(self.used[row]) % self.ring.shape[2]])
+                positions[row, head, slot] = self.seen[row]
+                mass[row, head, slot] = peak[row, head, slot] = 0
+                for side, new in enumerate((self.k, self.v)):
+                    x, (stored, scales), (old, old_scales) = new[row, head], self.sides[side], before[side]
+                    if scales is None:
+                        # The interpreter rounds to bfloat16 towards zero.
+                        close(stored[row, head, slot], x, 0.0 if x.dtype == stored.dtype else 1e-2)
+                        old[row, head, slot] = stored[row, head, slot]
+                        continue
+                    y = self.rotated(x.double() - (self.mu[head] if side == 0 else 0))
+                    check_codes(
+                        stored[row, head, slot], scales[row, head, slot], encode_of(y, self.bits[side]), self.bits[side]
+                    )
+                    old[row, head, slot], old_scales[row, head, slot] = stored[row, head, slot], scales[row, head, slot]
+        for side, old in zip(self.sides, before, strict=True):
+            for actual, wanted in zip(side, old, strict=True):
+                if actual is not None:
+                    assert torch.equal(torch.nan_to_num(actual), torch.nan_to_num(wanted))
+        assert torch.equal(self.positions, positions)
+
+        there = positions >= 0
+        keys, values = (torch.where(there[..., None], self.states(side), 0.0) for side in (0, 1))
+        distance = self.seen[:, None, None] - positions
+        visible = there & (distance < options["window"]) if options["window"] else there
+        visible = visible & alive.to(DEVICE)[:, None, None]
+        wanted, p = naive(
+            self.q[:, :, None], keys, values, visible[:, :, None], options["scale"], options["softcap"], self.sinks
+        )
+        p = p[:, :, 0] * (distance >= options["look_gap"])
+        if options["value_weighted"]:
+            p = p * torch.nan_to_num(values.norm(dim=-1) / keys.norm(dim=-1))
+        idle = ~alive.to(DEVICE)[:, None, None]
+        half = self.dtype != torch.float32 or 16 in self.bits
+        close(out, wanted[:, :, 0], tolerance or (1e-2 if half else 1e-5))
+        wanted = torch.where(idle, mass.double(), mass * options["mass_decay"] + p)
+        close(self.mass, wanted, 5e-3 if half else 1e-4)
+        wanted = torch.where(idle, peak.double(), torch.maximum(peak * options["peak_decay"], p))
+        close(self.peak, wanted, 5e-3 if half else 1e-4)
+
+
+@pytest.mark.parametrize("bits", PAIRS)
+def test_decode_coded_bits(bits):
+    Case(sum(bits), bits).check()
+
+
+@pytest.mark.parametrize("head_dim", [8, 20, 64, 72, 80, 96, 120, 128, 256])
+@pytest.mark.parametrize("bits", [(4, 4), (8, 2)])
+def test_decode_coded_dims(head_dim, bits):
+    Case(head_dim, bits, torch.bfloat16 if head_dim % 16 else torch.float32, head_dim=head_dim, batch=1).check()
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 7, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_decode_coded_groups(group, dtype):
+    Case(group, (4, 4), dtype, group, batch=1).check()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 9},
+        {"softcap": 2.0},
+        {"window": 5, "softcap": 3.0, "look_gap": 3},
+        {"value_weighted": False},
+        {"value_weighted": False, "look_gap": 4},
+        {"mean": 20.0, "softcap": 5.0},
+    ],
+)
+def test_decode_coded_options(options):
+    Case(7, (4, 4), **options).check()
+
+
+def test_decode_coded_sinks():
+    case = Case(8, (4, 4))
+    case.sinks = torch.tensor([2.0, -1.0] * case.k.shape[1], device=DEVICE)
+    case.check()
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int8])
+def test_decode_coded_leaves_idle_rows(kind):
+    case = Case(9, (4, 4), batch=3)
+    case.active = torch.tensor([1, 0, 1], device=DEVICE).to(kind)
+    case.check()
+
+
+def test_decode_coded_unscored():
+    case, scored = Case(10, (4, 2)), Case(10, (4, 2))
+    case.mass = case.peak = None
+    close(case.run(), scored.run(), 1e-6)
+
+
+def test_decode_coded_without_a_mean():
+    case = Case(11, (4, 4), mean=0.0)
+    case.centred = False
+    case.check()
+
+
+def test_decode_coded_runs_are_bit_identical():
+    results = []
+    for _ in range(2):
+        case = Case(12, (4, 4), torch.bfloat16, 4)
+        results.append([case.run(), case.mass, case.peak])
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
