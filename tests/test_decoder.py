@@ -112,3 +112,26 @@ def test_a_cache_does_not_keep_its_model(monkeypatch):
     gc.collect()
     assert gone() is None
     assert cache.get_seq_length() == 22
+
+
+@pytest.mark.parametrize("bits", [8, 4, (8, 4), (4, 2), (16, 4)])
+@pytest.mark.parametrize("strategy", ["liquid_fusion", "streaming", "keydiff"])
+def test_coded_slots_are_kept_as_on_the_generic_path(monkeypatch, bits, strategy):
+    model = tiny("qwen3")
+    torch.manual_seed(0)
+    ids = torch.randint(3, model.config.vocab_size, (2, 20))
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+
+    def keep():
+        cache = cached(model, strategy, 24, eviction_interval=2, distinct_ratio=0.3, bits=bits)
+        given = {cache_keyword(model): cache}
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, **given)
+        return out, torch.stack([cache.positions(layer).sort(-1).values for layer in range(len(cache))]), cache
+
+    expected, kept, _ = keep()
+    monkeypatch.setattr(kernels, "available", lambda device: True)  # noqa: ARG005
+    tokens, positions, cache = keep()
+    assert cache._graph is not None or bits == (16, 4)
+    assert torch.equal(tokens, expected)
+    assert torch.equal(positions, kept)

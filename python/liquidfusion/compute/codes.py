@@ -184,7 +184,7 @@ class Coding:
         a part of its length, noise alone, outside of the space that vectors come from.
         """
         squares = self._squares(coded)
-        mu = self._mu_rotated(squares.device)
+        mu = self.rotated_mean(squares.device)
         if mu is not None:
             # |x + mu|^2 = |x|^2 + 2 x mu + |mu|^2, and no coordinate of x is needed.
             products = self._products(mu[:, None].expand(squares.shape[0], -1, -1, -1), coded)[:, :, 0]
@@ -205,7 +205,7 @@ class Coding:
             float32 `[batch, kv_heads, slots]`, 0 where nothing is held.
         """
         # Rotated, the cosines are what they were.
-        length, mu = self.lengths(coded), self._mu_rotated(coded.codes.device)
+        length, mu = self.lengths(coded), self.rotated_mean(coded.codes.device)
         weight = torch.where(held & (length > 0), 1 / length, 0.0)
         mean = self._sums(weight[:, :, None], coded)
         if mu is not None:
@@ -219,7 +219,8 @@ class Coding:
     def _mu(self, device: torch.device) -> Tensor | None:
         return None if self.mu is None else self.mu.to(device)
 
-    def _mu_rotated(self, device: torch.device) -> Tensor | None:
+    def rotated_mean(self, device: torch.device) -> Tensor | None:
+        """`mu` rotated, float32 `[kv_heads, width]`, or None."""
         return None if self._rotated is None else self._rotated.to(device)
 
     def _products(self, rotated: Tensor, coded: Codes) -> Tensor:

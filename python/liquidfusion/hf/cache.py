@@ -411,6 +411,8 @@ class KVCache(Cache, Serves):
             where = group.devices
             if len(where) > 1 or not kernels.available(where.pop()):
                 return None
+            if not all(layer is not None and layer.replayable for layer in group.slots):
+                return None
             self._graph = Graph(self.model, group, self._run, self.evicting)
         return self._graph
 

@@ -21,12 +21,13 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from liquidfusion.compute import kernels
+from liquidfusion.compute.codes import rotation
 from liquidfusion.compute.softmax import How
 from liquidfusion.exceptions import CacheError, UnsupportedError
 from liquidfusion.options import Run
 from liquidfusion.run.backend import Backend, attending
 from liquidfusion.state.group import Group
-from liquidfusion.state.slots import Slots
+from liquidfusion.state.slots import Coded, Slots
 
 GRAPH_INPUTS = frozenset(
     {
@@ -54,6 +55,7 @@ class DecodeStep(Backend):
         self.scores = [group.ledger.at(index, device) for index in range(group.ledger.layers)]
         self.rings = list(ring.unbind())
         self.used, self.seen, self.rule = used, seen, group.rule
+        self.coded = [_coding(slots, device) for slots in self.slots]
         self.layer = -1
         self.attended = 0
 
@@ -66,19 +68,20 @@ class DecodeStep(Backend):
         slots, scores = self.slots[self.layer], self.scores[self.layer]
         slots.check(self.layer, key)
         self.attended += 1
-        keys, values = slots.read()
-        out = kernels.decode(
+        coded = self.coded[self.layer]
+        decode = kernels.decode if coded is None else kernels.decode_coded
+        out = decode(
             query[:, :, 0],
             key[:, :, 0],
             value[:, :, 0],
-            keys,
-            values,
+            *slots.memory,
             scores.positions,
             scores.mass,
             scores.peak,
             self.rings[self.layer],
             self.used,
             self.seen,
+            sinks=how.sinks,
             scale=how.scale,
             mass_decay=self.rule.mass_decay,
             peak_decay=self.rule.peak_decay,
@@ -86,8 +89,20 @@ class DecodeStep(Backend):
             softcap=how.softcap,
             window=how.window,
             look_gap=self.rule.look_gap,
+            **(coded or {}),
         )
         return out[:, :, None]
+
+
+def _coding(slots: Slots, device: torch.device) -> dict[str, Any] | None:
+    """What the kernel over codes is told of a layer; None for one without codes."""
+    if not slots.coded:
+        return None
+    sides = (slots.keys, slots.values)
+    one = next(side.coding for side in sides if isinstance(side, Coded))
+    mean = slots.keys.coding.rotated_mean(device) if isinstance(slots.keys, Coded) else None
+    bits = tuple(side.coding.bits if isinstance(side, Coded) else 16 for side in sides)
+    return {"rotation": rotation(one.width, device), "mean": mean, "bits": bits}
 
 
 class Graph:

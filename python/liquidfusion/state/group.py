@@ -30,7 +30,7 @@ class Group:
 
     def __init__(self, spec: _core.Spec, formats: Sequence[Format], threads: int | None) -> None:
         self.spec, self.rule = spec, Rule.of(spec)
-        self._formats = list(formats)
+        self.formats = list(formats)
         self.slots: list[Slots | None] = [None] * len(formats)
         self._ledger: Ledger | None = None
         self._threads = threads
@@ -71,7 +71,7 @@ class Group:
         """Slots of a layer, made when its first keys `[rows, kv_heads, columns, d]` arrive, and what stands beside."""
         slots, ledger = self.slots[index], self.ledger
         if slots is None:
-            slots = self.slots[index] = Slots.empty(key, value, ledger.batch, ledger.slots, self._formats[index])
+            slots = self.slots[index] = Slots.empty(key, value, ledger.batch, ledger.slots, self.formats[index])
         return slots, ledger.at(index, key.device)
 
     def keep(self, index: int, ranks: Tensor, lengths: Sequence[int], chunk: Chunk) -> None:
@@ -136,6 +136,10 @@ class Group:
             self.slots = [None if layer is None else layer.grown(slots) for layer in self.slots]
 
 
+def _name(how: torch.dtype | codes.Coding | None) -> str:
+    return f"{how.bits} bits" if isinstance(how, codes.Coding) else str(how).removeprefix("torch.")
+
+
 def device_of(slots: Slots) -> torch.device:
     """Where a layer attends."""
     return next(iter(slots.tensors().values())).device
@@ -185,6 +189,12 @@ class Groups:
         """The group of a layer, and the layer's index in it."""
         number, index = self.places[layer]
         return self.all[number], index
+
+    @property
+    def held(self) -> list[list[str]]:
+        """How each layer holds keys and values, in words that JSON can say."""
+        formats = (self.all[number].formats[index] for number, index in self.places)
+        return [[_name(how.keys), _name(how.values)] for how in formats]
 
     def device(self, layer: int) -> torch.device:
         """Where a layer attends, once its slots are there."""

@@ -129,9 +129,8 @@ def scatter(state: State, groups: Groups, devices: Sequence[torch.device]) -> No
     for layer, device in enumerate(devices):
         group, index = groups[layer]
         made = _made(told, tensors, layer)
-        like = torch.empty(
-            (1, group.ledger.kv_heads, 0, _of_layer(told["model"]["head_dim"], layer)), dtype=made, device=device
-        )
+        head_dim = _of_layer(told["model"]["head_dim"], layer)
+        like = torch.empty((1, group.ledger.kv_heads, 0, head_dim), dtype=made, device=device)
         slots, _ = group.layer(index, like, like)
         for name, own in slots.tensors().items():
             own.copy_(_take(tensors, f"{name}.{layer}", tuple(own.shape), own.dtype))

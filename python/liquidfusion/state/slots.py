@@ -203,6 +203,21 @@ class Slots:
         """Whether a side holds codes."""
         return isinstance(self.keys, Coded) or isinstance(self.values, Coded)
 
+    @property
+    def memory(self) -> tuple[Tensor | None, ...]:
+        """The tensors as the kernels take them: keys and values, or where a side is coded both with their scales."""
+        plain = [side.held if isinstance(side, Plain) else None for side in (self.keys, self.values)]
+        if not self.coded:
+            return tuple(plain)
+        coded = [side.codes if isinstance(side, Coded) else None for side in (self.keys, self.values)]
+        pairs = [(held, None) if codes is None else codes for held, codes in zip(plain, coded, strict=True)]
+        return tuple(tensor for pair in pairs for tensor in pair)
+
+    @property
+    def replayable(self) -> bool:
+        """Whether the decode kernels read this layer: numbers in another dtype than the model's are converted first."""
+        return all(side.held.dtype == side.made for side in (self.keys, self.values) if isinstance(side, Plain))
+
     def check(self, layer: int, key: Tensor) -> None:
         """Refuse keys in another dtype than the layer made before.
 

@@ -413,9 +413,7 @@ def _attend(
     tl.store(stats + part * 2, top, mask=in_group)
     tl.store(stats + part * 2 + 1, tl.sum(sums, 0), mask=in_group)
     if V_BITS == 16:
-        tl.store(
-            partial + part[None, :] * HEAD_DIM + d[:, None], acc, mask=in_group[None, :] & (d < HEAD_DIM)[:, None]
-        )
+        tl.store(partial + part[None, :] * HEAD_DIM + d[:, None], acc, mask=in_group[None, :] & (d < HEAD_DIM)[:, None])
     else:
         acc -= V_BIAS * tl.sum(counted, 0)[None, :]
         byte, plane = value_order(V_WORDS, V_BITS)

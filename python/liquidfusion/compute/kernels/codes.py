@@ -208,9 +208,7 @@ def rotate(x, rotation, WIDTH: tl.constexpr, LOW: tl.constexpr, ROWS: tl.constex
     a = tl.arange(0, x.shape[0])
     i = tl.arange(0, LOW)
     own = tl.load(rotation + (a * LOW * (WIDTH + 1)), mask=a < BLOCKS, other=1.0)
-    beside = tl.load(
-        rotation + (a * LOW * (WIDTH + 1))[:, None] + i[None, :], mask=(a < BLOCKS)[:, None], other=1.0
-    )
+    beside = tl.load(rotation + (a * LOW * (WIDTH + 1))[:, None] + i[None, :], mask=(a < BLOCKS)[:, None], other=1.0)
     x = tl.where(beside * own[:, None] > 0, x, -x)
     r = tl.arange(0, PARTS * ROWS)
     block = r // ROWS * (BLOCKS // PARTS) + r % ROWS
@@ -227,9 +225,7 @@ def rotate_back(y, rotation, WIDTH: tl.constexpr, LOW: tl.constexpr):
     a = tl.arange(0, y.shape[0])
     i = tl.arange(0, LOW)
     own = tl.load(rotation + (a * LOW * (WIDTH + 1)), mask=a < BLOCKS, other=1.0)
-    beside = tl.load(
-        rotation + (a * LOW * (WIDTH + 1))[:, None] + i[None, :], mask=(a < BLOCKS)[:, None], other=1.0
-    )
+    beside = tl.load(rotation + (a * LOW * (WIDTH + 1))[:, None] + i[None, :], mask=(a < BLOCKS)[:, None], other=1.0)
     there = (a < BLOCKS)[:, None] & (a < BLOCKS)[None, :]
     high = tl.load(rotation + (a * LOW * WIDTH)[:, None] + (a * LOW)[None, :], mask=there, other=0.0)
     x = tl.sum(high[:, :, None] * y[:, None, :], 0)
