@@ -69,7 +69,7 @@ class DecodeStep(Backend):
         slots.check(self.layer, key)
         self.attended += 1
         coded = self.coded[self.layer]
-        decode = kernels.decode if coded is None else kernels.decode_coded
+        decode: Any = kernels.decode if coded is None else kernels.decode_coded
         out = decode(
             query[:, :, 0],
             key[:, :, 0],
@@ -91,7 +91,8 @@ class DecodeStep(Backend):
             look_gap=self.rule.look_gap,
             **(coded or {}),
         )
-        return out[:, :, None]
+        attended: Tensor = out[:, :, None]
+        return attended
 
 
 def _coding(slots: Slots, device: torch.device) -> dict[str, Any] | None:
