@@ -17,6 +17,7 @@ import torch
 from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import liquidfusion as lf
+from liquidfusion.options import PARAMETERS
 
 DEVICE = "cuda"
 
@@ -61,7 +62,8 @@ def run(
     **options: object,
 ) -> tuple:
     """Tokens, kept positions of every layer, and evictions of one batch with left padding."""
-    cache = lf.KVCache(llama, strategy, budget, **options)
+    own = {name: options.pop(name) for name in list(options) if name in PARAMETERS}
+    cache = lf.KVCache(llama, lf.Strategy(strategy, **own), budget, **options)
     inputs = {name: value.to(llama.device) for name, value in prompt(tokens=tokens).items()}
     given = {"max_new_tokens": new, "do_sample": False, "num_beams": beams, lf.cache_keyword(llama): cache}
     return llama.generate(**inputs, **given).cpu(), kept(cache), cache.evictions
@@ -94,7 +96,7 @@ def alike(a: tuple, b: tuple) -> bool:
 
 
 def checks() -> Iterator[tuple[str, Callable[[], bool]]]:
-    full, half = model(torch.float32), model(torch.bfloat16)
+    full, half, cpu = model(torch.float32), model(torch.bfloat16), model(torch.float32).cpu()
     for strategy, intervals in {
         "streaming": (1, 5),
         "h2o": (1, 5),
@@ -102,6 +104,7 @@ def checks() -> Iterator[tuple[str, Callable[[], bool]]]:
         "tova": (5,),
         "snapkv": (5,),
         "random": (5,),
+        "keydiff": (5,),
     }.items():
         for interval in intervals:
             options = {"eviction_interval": interval}
@@ -120,6 +123,22 @@ def checks() -> Iterator[tuple[str, Callable[[], bool]]]:
             yield f"{name}: overlapped equals stalled", overlap
             yield f"{name}: two runs are bit-identical", twice
 
+    for bits in (16, 8, 4, (8, 4), (4, 2), (16, 4)):
+        options = {"bits": bits, "eviction_interval": 5, "distinct_ratio": 0.3}
+
+        def coded_graph(o: dict = options) -> bool:
+            return same(run(half, "liquid_fusion", 60, **o), run(half, "liquid_fusion", 60, graph=False, **o))
+
+        def coded_overlap(o: dict = options) -> bool:
+            return same(run(half, "liquid_fusion", 60, **o), run(half, "liquid_fusion", 60, overlap=False, **o))
+
+        def coded_devices(o: dict = options) -> bool:
+            return alike(run(full, "liquid_fusion", 60, **o), run(cpu, "liquid_fusion", 60, **o))
+
+        yield f"bits {bits}: graph equals eager", coded_graph
+        yield f"bits {bits}: overlapped equals stalled", coded_overlap
+        yield f"bits {bits}: as on the CPU", coded_devices
+
     def roomy() -> bool:
         ids = prompt(2, 60)["input_ids"]
         expected = full.generate(ids, max_new_tokens=60, do_sample=False)
@@ -129,8 +148,6 @@ def checks() -> Iterator[tuple[str, Callable[[], bool]]]:
         )
 
     yield "budget above the length gives transformers' tokens", roomy
-
-    cpu = model(torch.float32).cpu()
 
     def devices() -> bool:
         return alike(run(full, "liquid_fusion", 60), run(cpu, "liquid_fusion", 60))
