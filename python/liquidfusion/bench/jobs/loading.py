@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from liquidfusion.bench import machine, results
 from liquidfusion.bench.stats import Metric
 from liquidfusion.exceptions import ConfigError
 
@@ -336,6 +337,23 @@ def metrics(records: Sequence[Record], seconds: float) -> dict[str, Metric]:
         for percent in PERCENTILES if values else ():
             found[f"{name}_p{percent}"] = Metric(float(np.percentile(values, percent)) * 1e3, "ms")
     return found
+
+
+def document(target: Target, records: Sequence[Record], seconds: float, options: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a run: how it came to be, every request, and the figures."""
+    return {
+        "metadata": {
+            "task": "load",
+            "model_name": target.model,
+            "url": target.url,
+            "task_options": options,
+            "created": results.now().isoformat(timespec="seconds"),
+            "seconds": seconds,
+            "versions": machine.versions(),
+        },
+        "results": [record.as_dict() for record in records],
+        "metrics": {name: metric.as_dict() for name, metric in metrics(records, seconds).items()},
+    }
 
 
 def shown(found: dict[str, Metric]) -> Iterator[tuple[str, str]]:
