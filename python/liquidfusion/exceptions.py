@@ -23,3 +23,7 @@ class CacheError(LiquidFusionError, RuntimeError):
 
 class UnsupportedError(LiquidFusionError, NotImplementedError):
     """The model architecture or the requested feature cannot work with a bounded cache."""
+
+
+class QueueFull(LiquidFusionError, RuntimeError):  # noqa: N818 - what happened, as queue.Full says it
+    """As many requests wait as may: try again later."""

@@ -14,6 +14,7 @@ from liquidfusion.bench import notices
 from liquidfusion.bench.commands.chat import chat
 from liquidfusion.bench.commands.experiment import experiment
 from liquidfusion.bench.commands.lists import strategies, tasks
+from liquidfusion.bench.commands.load import load
 from liquidfusion.bench.commands.plan import plan
 from liquidfusion.bench.commands.report import report
 from liquidfusion.bench.commands.run import run
@@ -23,7 +24,7 @@ from liquidfusion.bench.commands.stream import stream
 from liquidfusion.bench.commands.sweep import sweep
 from liquidfusion.exceptions import ConfigError, LiquidFusionError
 
-COMMANDS = (run, sweep, experiment, report, show, plan, speed, stream, chat, tasks, strategies)
+COMMANDS = (run, sweep, experiment, report, show, plan, speed, stream, chat, load, tasks, strategies)
 
 app = typer.Typer(
     help="Measure what a bounded KV cache keeps of a language model, and what it saves.",
