@@ -132,6 +132,23 @@ class Framework:
         except (ImportError, TypeError, ValueError) as error:
             raise ConfigError(f"rival {self.strategy}: {' '.join(str(error).split())}") from error
 
+    @staticmethod
+    def held(cache: Cache) -> int:
+        """Return the bytes of every tensor in a cache's layers, those within quantised tensors included."""
+        return sum(_bytes(value) for layer in cache.layers for value in vars(layer).values())
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return sum(map(_bytes, value))
+    if not isinstance(value, torch.Tensor):
+        return 0
+    if hasattr(value, "__tensor_flatten__"):  # a wrapper, whose own size is that of what it stands for
+        return sum(_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+    return value.nbytes
+
 
 Rival = Press | Framework
 

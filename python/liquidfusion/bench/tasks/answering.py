@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from liquidfusion.bench import decoding, machine
 from liquidfusion.bench.caches import CacheMaker, facts
-from liquidfusion.bench.rivals import Press
+from liquidfusion.bench.rivals import Framework, Press
 from liquidfusion.bench.stats import Metric, bootstrap, mean_metric
 from liquidfusion.bench.tasks.task import Progress, Record, record, scores, shorten
 from liquidfusion.exceptions import ConfigError
@@ -178,7 +178,8 @@ def _batch(
         logits = stream.feed(chosen[:, None], last=True)
     seconds = time.perf_counter() - start
     known: dict[str, Any] = {**facts(store), "passes": 1.0, "first": first}
-    known["cache_bytes"] = (known["cache_bytes"] or 0) // len(prompts)
+    held = cache.held(store) if isinstance(cache, Framework) else known["cache_bytes"]
+    known["cache_bytes"] = held // len(prompts)
     for row, one in zip(prompts, answers, strict=True):
         one.text = _cut(tokenizer.decode(one.tokens, skip_special_tokens=True), row.stop)
         one.seconds = seconds
