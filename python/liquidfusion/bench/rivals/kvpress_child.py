@@ -98,7 +98,7 @@ class Answerer:
         pair = 2 * self._modules[0].head_dim * self.model.dtype.itemsize
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // len(prompts)
         for prompt, answer, (length, masked) in zip(prompts, answers, kept, strict=True):
-            added = len(prompt["question"]) + len(answer["tokens"]) - 1
+            added = len(prompt["question"]) + answer["fed"]
             heads = sum(layer.keys.shape[1] for layer in cache.layers)
             pairs = held // pair if decoding or uneven else heads * (length + added) - masked
             answer |= {
@@ -184,6 +184,7 @@ class Answerer:
 
     def _ends(self, answer: dict[str, Any], prompt: dict[str, Any], token: int, step: int, ends: set[int]) -> bool:
         """Add a token to an answer; return whether the answer has ended."""
+        answer["fed"] = len(answer["tokens"])
         if token in ends:
             answer["finish_reason"] = "stop"
             return True

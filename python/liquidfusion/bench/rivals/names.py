@@ -36,23 +36,29 @@ class Press:
         Percent of context and question together, above 0 and up to 100; what is kept of the context, as kvpress
         counts: question and answer come on top.
     budget
-        Tokens kept of the context for each layer, row and kv head on average; excludes `cache_size`.
+        Tokens kept of the context for each layer, row and kv head on average.
+    memory
+        Bytes kept of the context of each row. One of the three sizes is accepted, and needed but for ``full``.
     """
 
     press: str
     python: str | None = None
     cache_size: float | None = None
     budget: int | None = None
+    memory: int | None = None
 
     def __post_init__(self) -> None:
-        if self.cache_size is not None and self.budget is not None:
-            raise ConfigError("give cache_size or budget, not both")
+        sizes = {name: getattr(self, name) for name in ("cache_size", "budget", "memory")}
+        given = [f"{name} {size}" for name, size in sizes.items() if size is not None]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)} are given; one of {', '.join(sizes)} is accepted")
         if self.cache_size is not None and not 0 < self.cache_size <= 100:
             raise ConfigError(f"cache_size {self.cache_size:g} is not above 0 and at most 100 percent")
-        if self.budget is not None and self.budget < 1:
-            raise ConfigError(f"budget {self.budget} is not at least 1")
-        if self.press != "full" and self.cache_size is None and self.budget is None:
-            raise ConfigError(f"rival kvpress:{self.press} needs a size: cache_size or budget")
+        for name in ("budget", "memory"):
+            if sizes[name] is not None and sizes[name] < 1:
+                raise ConfigError(f"{name} {sizes[name]} is not at least 1")
+        if self.press != "full" and not given:
+            raise ConfigError(f"rival kvpress:{self.press} needs a size: one of {', '.join(sizes)}")
         _check(self.press)
 
     @property
@@ -60,8 +66,23 @@ class Press:
         """The name under which results are filed."""
         return f"kvpress:{self.press}"
 
-    def kept(self, tokens: int) -> int:
-        """Return how many tokens of a prompt of `tokens` tokens are kept."""
+    def as_dict(self) -> dict[str, Any]:
+        """Return what tells this rival from others, as JSON can say it."""
+        sizes = {name: getattr(self, name) for name in ("cache_size", "budget", "memory")}
+        return {"strategy": self.strategy, **{name: size for name, size in sizes.items() if size is not None}}
+
+    def kept(self, tokens: int, token_bytes: int = 1) -> int:
+        """Return how many tokens of a prompt are kept.
+
+        Parameters
+        ----------
+        tokens
+            The length of the prompt.
+        token_bytes
+            What a token takes in all layers and heads.
+        """
+        if self.memory is not None:
+            return max(1, self.memory // token_bytes)
         if self.budget is not None:
             return self.budget
         return tokens if self.cache_size is None else max(1, int(tokens * self.cache_size / 100))
@@ -105,8 +126,15 @@ class Framework:
 
     call: str
 
+    cache_size = budget = memory = None
+    """It keeps every token, whatever the size."""
+
     def __post_init__(self) -> None:
         _check(self.call)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what tells this rival from others, as JSON can say it."""
+        return {"strategy": self.strategy}
 
     @property
     def strategy(self) -> str:
@@ -154,7 +182,12 @@ Rival = Press | Framework
 
 
 def parse(
-    text: str, *, python: str | None = None, cache_size: float | None = None, budget: int | None = None
+    text: str,
+    *,
+    python: str | None = None,
+    cache_size: float | None = None,
+    budget: int | None = None,
+    memory: int | None = None,
 ) -> list[Rival]:
     """Return the rivals of one ``--rival``: names with commas between them, after ``kvpress:`` or ``transformers:``.
 
@@ -165,7 +198,7 @@ def parse(
         after a comma belongs to the last family named.
     python
         The interpreter with kvpress.
-    cache_size, budget
+    cache_size, budget, memory
         The size of presses; transformers' caches keep every token.
 
     Raises
@@ -180,8 +213,8 @@ def parse(
         if colon and before.isidentifier():
             family, word = before, after.strip()
         if family == "kvpress":
-            full = word == "full"
-            found.append(Press(word, python, None if full else cache_size, None if full else budget))
+            sizes = {} if word == "full" else {"cache_size": cache_size, "budget": budget, "memory": memory}
+            found.append(Press(word, python, **sizes))
         elif family == "transformers":
             found.append(Framework(word))
         else:

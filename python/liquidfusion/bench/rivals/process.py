@@ -1,9 +1,9 @@
 """A rival in a process of its own: started once for a model, spoken to in lines of JSON, gone with this process."""
 
+import atexit
 import json
 import subprocess
 import tempfile
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Process:
                 encoding="utf8",
             )
         except OSError as error:
+            self._errors.close()
             raise RivalError(f"the rivals' interpreter {python} cannot be started: {error.strerror}") from error
         try:
             started = self._ask(model=model, dtype=dtype, device=device, threads=threads)
@@ -76,6 +77,7 @@ class Process:
         except (BrokenPipeError, ValueError):
             line = ""
         if not line:
+            _KEPT.clear()  # another question starts another process
             self._errors.seek(0)
             last = [text.strip() for text in self._errors.read().splitlines() if text.strip()][-1:]
             raise RivalError(f"the rivals' process died: {last[0] if last else 'it said nothing'}")
@@ -97,7 +99,20 @@ class Process:
         self._errors.close()
 
 
-@lru_cache(maxsize=1)
+_KEPT: dict[tuple[object, ...], Process] = {}
+
+
 def process(python: str, model: str, dtype: str, device: str, threads: int) -> Process:
-    """Return the process for a model, started on first use; it ends when this process does, since its input ends."""
-    return Process(python, model, dtype, device, threads)
+    """Return the process for a model, started on first use; it ends when this one does or another model is asked for."""
+    key = (python, model, dtype, device, threads)
+    if key not in _KEPT:
+        end()
+        _KEPT[key] = Process(python, model, dtype, device, threads)
+    return _KEPT[key]
+
+
+@atexit.register
+def end() -> None:
+    """End the process that is kept, if there is one."""
+    while _KEPT:
+        _KEPT.popitem()[1].close()

@@ -64,8 +64,11 @@ class Answer:
     seconds, batch_size
         The time of the whole batch, and its rows.
     facts
-        ``cache_bytes`` of this row at the end, ``budget``, ``evictions``, and ``passes``: how often the context was
-        fed to the model before the question.
+        ``cache_bytes`` of this row at the end, ``allocated_bytes`` (with padding, room to grow and what is only
+        masked), ``budget``, ``evictions``, and ``passes``: how often the context was fed to the model before the
+        question.
+    fed
+        Tokens of the answer that were fed back: those that the cache has seen.
     """
 
     text: str = ""
@@ -74,6 +77,7 @@ class Answer:
     seconds: float = 0.0
     batch_size: int = 1
     facts: dict[str, Any] = field(default_factory=dict)
+    fed: int = 0
 
 
 def compose(
@@ -178,17 +182,19 @@ def _batch(
         logits = stream.feed(chosen[:, None], last=True)
     seconds = time.perf_counter() - start
     known: dict[str, Any] = {**facts(store), "passes": 1.0, "first": first}
-    held = cache.held(store) if isinstance(cache, Framework) else known["cache_bytes"]
-    known["cache_bytes"] = held // len(prompts)
+    held = (cache.held(store) if isinstance(cache, Framework) else known["cache_bytes"]) // len(prompts)
     for row, one in zip(prompts, answers, strict=True):
         one.text = _cut(tokenizer.decode(one.tokens, skip_special_tokens=True), row.stop)
         one.seconds = seconds
-        one.facts = dict(known)
+        # An unbounded cache also holds the padding of shorter rows and room to grow: neither is the method's.
+        own = min(held, full_bytes(model, row.length + one.fed)) if known["budget"] is None else held
+        one.facts = {**known, "cache_bytes": own, "allocated_bytes": held}
     return answers
 
 
 def _extend(answer: Answer, prompt: Prompt, token: int, step: int, ends: set[int], tokenizer: Any) -> bool:
     """Add a token to an answer; return whether the answer has ended."""
+    answer.fed = len(answer.tokens)
     if token in ends:
         answer.finish_reason = "stop"
         return True
@@ -207,7 +213,7 @@ def _cut(text: str, stop: Sequence[str]) -> str:
 
 
 def _ask_rival(model: PreTrainedModel, tokenizer: Any, rival: Press, prompts: Sequence[Prompt]) -> list[Answer]:
-    shortest = min(prompt.length for prompt in prompts)
+    kept = rival.kept(min(prompt.length for prompt in prompts), full_bytes(model, 1))
     replies = rival.start(model).answers(
         press=rival.press,
         chat=getattr(tokenizer, "chat_template", None) is not None and _templated(tokenizer, prompts[0]),
@@ -216,7 +222,7 @@ def _ask_rival(model: PreTrainedModel, tokenizer: Any, rival: Press, prompts: Se
             {
                 "context": prompt.context,
                 "question": prompt.question,
-                "kept": rival.kept(shortest),
+                "kept": kept,
                 "max_tokens": prompt.max_tokens,
                 "stop": prompt.stop,
                 "until": prompt.until,
@@ -234,10 +240,11 @@ def _ask_rival(model: PreTrainedModel, tokenizer: Any, rival: Press, prompts: Se
             {
                 "cache_bytes": reply["cache_bytes"],
                 "allocated_bytes": reply["allocated_bytes"],
-                "budget": None if rival.press == "full" else rival.kept(shortest),
-                "evictions": max(0, len(prompt.context) - rival.kept(shortest)),
+                "budget": None if rival.press == "full" else kept,
+                "evictions": 0 if rival.press == "full" else max(0, len(prompt.context) - kept),
                 "passes": reply["passes"],
             },
+            reply["fed"],
         )
         for prompt, reply in zip(prompts, replies, strict=True)
     ]
@@ -282,7 +289,7 @@ def answered(
         ``scores``: ``score``, ``tokens`` written, ``prompt_tokens``, ``cache_bytes``, ``share`` (of the bytes of a full
         cache of the same tokens), ``budget``, ``evictions``, ``passes``, ``second_pass``, ``question_seen``.
     """
-    tokens = prompt.length + max(0, len(given.tokens) - 1)
+    tokens = prompt.length + given.fed
     return record(
         shorten(tokenizer.decode(prompt.context + prompt.question)),
         {
