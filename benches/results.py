@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from liquidfusion.bench import models, results
+from liquidfusion.bench import models
 from liquidfusion.bench.caches import CacheOptions
 from liquidfusion.bench.rivals import Framework, parse
 from liquidfusion.bench.rivals.names import PYTHON
@@ -206,10 +206,12 @@ def page(rows: Sequence[Row], config: Mapping[str, Any]) -> str:
 _HEAD = """\
 # Results
 
-`liquid_fusion` beside other people's methods on the same prompts, scored by the same rules. Made by `python benches/results.py` from
-`docs/results.yaml` and `docs/results.jsonl`; nothing here is typed by hand. *Bytes* are what a row's cache holds after its answer, and their share
-of a full cache of the same tokens in the model's precision; a press keeps its size of the context, its question and answer come on top. *Passes*
-says how often a method fed the context to the model: 2 means that it read everything a second time. Brackets: 95 % bootstrap intervals."""
+`liquid_fusion` beside other people's methods on the same prompts, scored by the same rules. Made by
+`python benches/results.py` from `docs/results.yaml` and `docs/results.jsonl`; nothing here is typed by hand.
+
+*Bytes* are what a row's cache holds after its answer, and their share of a full cache of the same tokens in the model's
+precision; a press keeps its size of the context, and its question and answer come on top. *Passes* says how often a
+method fed the context to the model: 2 means that it read everything a second time. Brackets: 95 % bootstrap intervals."""
 
 
 def _where(key: tuple[str, str, int | None], size: str) -> str:
@@ -292,7 +294,7 @@ def _table(model: str, length: int | None, group: Sequence[Row]) -> str:
             row["size"],
             f"`{row['method']}`",
             f"{row['value']:.1f}{interval}",
-            f"{row['value'] / full:.2f}" if full else "–",
+            f"{row['value'] / full:.2f}" if full else "-",
             _bytes(row),
             f"{100 * row['share']:.1f} %",
             f"{row['seconds_per_question']:.2f}",

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from benchmodel import loaded
 from liquidfusion.bench import decoding, runner
 from liquidfusion.bench.caches import CacheOptions
-from liquidfusion.bench.tasks import ruler_data
+from liquidfusion.bench.tasks import ruler_data, ruler_documents
 from liquidfusion.bench.tasks.answering import compose
 from liquidfusion.bench.tasks.ruler import score, texts
 from liquidfusion.bench.texts import DEFAULT_PROMPT, reference_text
@@ -214,7 +214,7 @@ def squad(tmp_path: Path) -> Path:
 
 
 def test_questions_about_documents(squad: Path) -> None:
-    sources = ruler_data.Sources([], {"qa_1": ruler_data.squad(squad, 10)})
+    sources = ruler_data.Sources([], {"qa_1": ruler_documents.squad(squad, 10)})
     for seed in range(8):
         sample = ruler_data.Questions("qa_1").sample(6, random.Random(seed), sources)
         told = (
@@ -241,8 +241,8 @@ def test_hotpotqa_files(tmp_path: Path) -> None:
     (tmp_path / "hotpot.json").write_text(json.dumps([row]), encoding="utf8")
     as_rows = {**row, "context": {"title": ["One", "Two"], "sentences": [["A. ", "B."], ["C."]]}}
     (tmp_path / "hotpot.jsonl").write_text(json.dumps(as_rows) + "\n", encoding="utf8")
-    plain = ruler_data.hotpotqa(tmp_path / "hotpot.json", 10)
-    assert plain == ruler_data.hotpotqa(tmp_path / "hotpot.jsonl", 10)
+    plain = ruler_documents.hotpotqa(tmp_path / "hotpot.json", 10)
+    assert plain == ruler_documents.hotpotqa(tmp_path / "hotpot.jsonl", 10)
     assert plain.texts == ["One\nA. B.", "Two\nC."]
     assert plain.rows == [("Who?", ["Ada"], [0, 1], [])]
 

@@ -4,7 +4,7 @@
 ``transformers:…`` names caches that transformers itself ships.
 """
 
-from liquidfusion.bench.rivals.names import Framework, Press, parse
+from liquidfusion.bench.rivals.names import Framework, Press, Rival, parse
 from liquidfusion.bench.rivals.process import RivalError
 
-__all__ = ["Framework", "Press", "RivalError", "parse"]
+__all__ = ["Framework", "Press", "Rival", "RivalError", "parse"]

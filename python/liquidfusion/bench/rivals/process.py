@@ -103,7 +103,7 @@ _KEPT: dict[tuple[object, ...], Process] = {}
 
 
 def process(python: str, model: str, dtype: str, device: str, threads: int) -> Process:
-    """Return the process for a model, started on first use; it ends when this one does or another model is asked for."""
+    """Return the process for a model, started on first use; it ends with this one or for another model."""
     key = (python, model, dtype, device, threads)
     if key not in _KEPT:
         end()

@@ -11,7 +11,7 @@ from liquidfusion.bench import decoding
 from liquidfusion.bench.caches import CacheMaker, CacheOptions
 from liquidfusion.bench.data import load_dataset
 from liquidfusion.bench.stats import Metric, mean_metric
-from liquidfusion.bench.tasks import ruler_data
+from liquidfusion.bench.tasks import ruler_data, ruler_documents
 from liquidfusion.bench.tasks.answering import Prompt, answer, answered, balanced, compose, costs, grouped, only
 from liquidfusion.bench.tasks.task import Progress, Record, Task, scores
 from liquidfusion.bench.texts import reference_text
@@ -180,8 +180,8 @@ def _haystack(text: str | None, essays: str) -> list[str]:
     return (reference_text() if text is None else text).split()
 
 
-def _documents(given: dict[str, str], names: Sequence[str]) -> dict[str, ruler_data.Documents]:
-    readers = {"qa_1": ruler_data.squad, "qa_2": ruler_data.hotpotqa}
+def _documents(given: dict[str, str], names: Sequence[str]) -> dict[str, ruler_documents.Documents]:
+    readers = {"qa_1": ruler_documents.squad, "qa_2": ruler_documents.hotpotqa}
     return {
         name: read(None if given[name] == "hub" else Path(given[name]), 2000)
         for name, read in readers.items()
