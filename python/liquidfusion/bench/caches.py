@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakSet
 
 from transformers import PreTrainedModel
@@ -223,7 +223,15 @@ class FrameworkCache:
         return DynamicCache(config=model.config)
 
 
-CacheMaker = CacheOptions | FrameworkCache
+class CacheMaker(Protocol):
+    """What a task measures: :class:`CacheOptions`, :class:`FrameworkCache` or a rival."""
+
+    @property
+    def strategy(self) -> str:
+        """The name under which results are filed."""
+
+    def make(self, model: PreTrainedModel, prompt_tokens: int) -> Cache:
+        """Return a fresh cache for prompts of `prompt_tokens` tokens."""
 
 
 def facts(cache: Cache) -> dict[str, int | None]:

@@ -29,6 +29,7 @@ def _plain(value: object) -> object:
 
 def file_stem(strategy: str, model: str, size: str) -> str:
     """Return ``benchmark_results_{strategy}_{model}_{cache_size}``, safe on every file system."""
+    strategy = re.sub(r"[^A-Za-z0-9_.-]+", "-", strategy).strip("-.")
     return f"benchmark_results_{strategy}_{safe(model)}_{size}"
 
 

@@ -12,6 +12,7 @@ import torch
 from liquidfusion.bench import machine, parameters, results
 from liquidfusion.bench.caches import HOW, SIZES, CacheMaker, CacheOptions
 from liquidfusion.bench.models import Loaded
+from liquidfusion.bench.rivals import Press
 from liquidfusion.bench.tasks import TASKS
 from liquidfusion.bench.tasks.task import Progress, Record, Task
 from liquidfusion.exceptions import ConfigError
@@ -164,5 +165,6 @@ def metadata(
         "seconds": seconds,
         "versions": machine.versions(),
         "machine": machine.describe(device),
+        "rival": cache.start(loaded.model).versions if isinstance(cache, Press) else None,
         **more,
     }

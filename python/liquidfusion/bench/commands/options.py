@@ -16,6 +16,7 @@ CACHE: dict[str, Any] = {"rich_help_panel": "Cache"}
 STRATEGY: dict[str, Any] = {"rich_help_panel": "Parameters of the strategy"}
 HOW: dict[str, Any] = {"rich_help_panel": "How the cache counts and runs"}  # the switches: two names need room
 INPUT: dict[str, Any] = {"rich_help_panel": "Task and input"}
+RIVALS: dict[str, Any] = {"rich_help_panel": "Rivals"}
 OUTPUT: dict[str, Any] = {"rich_help_panel": "Output"}
 
 ListJsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -97,6 +98,30 @@ class Input:
     def common(self) -> dict[str, Any]:
         """Return the options of tasks by name, None for those not given."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("set_", "seed")}
+
+
+@dataclass(frozen=True, slots=True)
+class Rivals:
+    """Other people's methods, measured on the same prompts."""
+
+    rival: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rival",
+            metavar="FAMILY:NAME,…",
+            help="Measure kvpress:NAME or transformers:NAME, too, at the same size. Give it again for more.",
+            **RIVALS,
+        ),
+    ] = None
+    rival_python: Annotated[
+        Path | None,
+        typer.Option(help="An interpreter with kvpress.", show_default="LIQUIDFUSION_RIVAL_PYTHON", **RIVALS),
+    ] = None
+
+    @property
+    def python(self) -> str | None:
+        """The interpreter as a process is started with it."""
+        return None if self.rival_python is None else str(self.rival_python.absolute())
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from liquidfusion.bench.commands.options import INPUT, Input, Model, Output, takes_options
+from liquidfusion.bench.commands.options import INPUT, Input, Model, Output, Rivals, takes_options
 
 if TYPE_CHECKING:
     from liquidfusion.bench.caches import CacheOptions
@@ -32,6 +32,7 @@ def run(
         typer.Option("--baseline/--no-baseline", help="Measure the full cache, too.", show_default="by task", **INPUT),
     ] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Measure so often; each is saved.", **INPUT)] = 1,
+    rivals: Rivals = Rivals(),  # noqa: B008 - frozen
     output: Output = Output(),  # noqa: B008 - frozen
 ) -> None:
     """Measure one strategy at one cache size on one task, and write the result as JSON."""
@@ -39,6 +40,9 @@ def run(
     from liquidfusion.bench import inputs, models, results, runner
     from liquidfusion.bench.terminal.result import Terminal, combined
 
+    if rivals.rival:
+        _beside_rivals(model, cache, task, given, rivals, repeat, output)
+        return
     options = inputs.task_options(runner.find_task(task), given.common(), given.set_ or [])
     files.check_writable(output.output_dir)
     terminal = Terminal(quiet=output.quiet or output.as_json)
@@ -61,3 +65,24 @@ def run(
         else:
             for path in paths:
                 typer.echo(path)
+
+
+def _beside_rivals(
+    model: Model, cache: CacheOptions, task: str, given: Input, rivals: Rivals, repeat: int, output: Output
+) -> None:
+    """Measure the cache, what the task compares with, and rivals of the same size, as a sweep does."""
+    from liquidfusion.bench import inputs
+    from liquidfusion.bench.caches import SIZES
+    from liquidfusion.bench.commands.sweep import measure
+    from liquidfusion.bench.rivals import parse
+    from liquidfusion.bench.sweep.cells import Cell, reference
+
+    options = inputs.options_by_task([task], given.common(), given.set_ or [])[task]
+    sizes = {name: getattr(cache, name) for name in SIZES}
+    others = [rival for text in rivals.rival or [] for rival in parse(text, python=rivals.python, **sizes)]
+    cells = [
+        Cell(model.model, task, one, options, given.seed, model.dtype, index)
+        for one in (reference(task), cache, *others)
+        for index in range(repeat)
+    ]
+    measure(list({cell.key: cell for cell in cells}.values()), output.output_dir, model.device, 1, output)

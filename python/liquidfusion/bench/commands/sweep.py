@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from liquidfusion.bench.commands.options import CACHE, INPUT, Device, Input, Output, Shown, takes_options
+from liquidfusion.bench.commands.options import CACHE, INPUT, Device, Input, Output, Rivals, Shown, takes_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,7 @@ def sweep(
     caches: Caches = Caches(),
     tasks: Annotated[str, typer.Option("--tasks", "-t", help="Tasks, with commas.", **INPUT)] = "generate,perplexity",
     given: Input = Input(),  # noqa: B008 - frozen
+    rivals: Rivals = Rivals(),  # noqa: B008 - frozen
     device: Device = Device(),  # noqa: B008 - frozen
     work: Work = Work(),
     output: Output = Output(),  # noqa: B008 - frozen
@@ -76,6 +77,8 @@ def sweep(
         memory=inputs.words(caches.memory),
         bits=caches.bits or [],
         parameters=(grid or {}) | inputs.parameters(caches.parameter or []),
+        rivals=rivals.rival or [],
+        rival_python=rivals.python,
         seed=given.seed,
         dtype=device.dtype,
         repeat=work.repeat,

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from liquidfusion.bench import results, runner
-from liquidfusion.bench.caches import CacheOptions, FrameworkCache
+from liquidfusion.bench.caches import CacheOptions, FrameworkCache, parse_bytes
 from liquidfusion.bench.models import check_name
+from liquidfusion.bench.rivals import Rival, parse
 from liquidfusion.exceptions import ConfigError
 
 REFERENCE = "reference"
@@ -26,7 +27,7 @@ class Cell:
     model, task
         As ``--model`` and ``--task``.
     cache
-        The cache, or None for the reference that the task compares with.
+        The cache or rival, or None for the reference that the task compares with.
     options
         Keyword options of the task, as JSON can say them.
     seed, dtype
@@ -37,7 +38,7 @@ class Cell:
 
     model: str
     task: str
-    cache: CacheOptions | None
+    cache: CacheOptions | Rival | None
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     dtype: str = "auto"
@@ -98,6 +99,10 @@ class Grid:
         Of keys and values, as :func:`liquidfusion.bench.caches.parse_bits` takes them; none: the model's own.
     parameters
         Parameters of the strategies and options of the cache: a value, or a list of which each is taken.
+    rivals
+        Other people's methods, as :func:`liquidfusion.bench.rivals.parse` takes them, at the same sizes.
+    rival_python
+        The interpreter for kvpress.
     repeat
         How often each cell is measured.
     """
@@ -110,6 +115,8 @@ class Grid:
     memory: Sequence[Any] = ()
     bits: Sequence[Any] = ()
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    rivals: Sequence[str] = ()
+    rival_python: str | None = None
     seed: int = 0
     dtype: str = "auto"
     repeat: int = 1
@@ -133,9 +140,11 @@ class Grid:
             check_name(model)
         for task in self.tasks:
             runner.find_task(task)
-        caches = [cache for strategy in self.strategies for cache in self._caches(strategy)]
+        caches: list[CacheOptions | Rival] = [c for strategy in self.strategies for c in self._caches(strategy)]
+        sizes = self._sizes() or [{}]
+        caches += [c for text in self.rivals for size in sizes for c in parse(text, python=self.rival_python, **size)]
         pairs = list(itertools.product(self.models, self.tasks))
-        wanted = [(*pair, reference(pair[1])) for pair in pairs]
+        wanted: list[tuple[str, str, CacheOptions | Rival | None]] = [(*pair, reference(pair[1])) for pair in pairs]
         wanted += [(*pair, cache) for pair in pairs for cache in caches]
         found: dict[tuple[str, str, str], Cell] = {}
         for (model, task, cache), repeat in itertools.product(wanted, range(self.repeat)):
@@ -143,13 +152,16 @@ class Grid:
             found.setdefault((model, task, cell.key), cell)
         return list(found.values())
 
+    def _sizes(self) -> list[dict[str, Any]]:
+        sizes: list[dict[str, Any]] = [{"cache_size": float(size)} for size in self.cache_sizes]
+        sizes += [{"budget": budget} for budget in self.budgets]
+        return sizes + [{"memory": parse_bytes(memory)} for memory in self.memory]
+
     def _caches(self, strategy: str) -> Iterator[CacheOptions]:
         """Yield the caches of a strategy, without what it does not listen to."""
-        sizes: list[dict[str, Any]] = [{"cache_size": float(size)} for size in self.cache_sizes]
-        sizes += [{"budget": budget} for budget in self.budgets] + [{"memory": memory} for memory in self.memory]
         names = list(self.parameters)
         values = [v if isinstance(v, list | tuple) else [v] for v in self.parameters.values()]
-        for size, bits, *chosen in itertools.product(sizes or [{}], self.bits or [None], *values):
+        for size, bits, *chosen in itertools.product(self._sizes() or [{}], self.bits or [None], *values):
             cache = CacheOptions.of(strategy=strategy, bits=bits, **size, **dict(zip(names, chosen, strict=True)))
             cache.check()
             kept = (

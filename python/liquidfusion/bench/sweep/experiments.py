@@ -30,6 +30,8 @@ class Experiment:
     memory: list[str]
     bits: list[str]
     parameters: dict[str, Any]
+    rivals: list[str]
+    rival_python: str
     tasks: dict[str, Any]
     device: str
     dtype: str
@@ -49,7 +51,7 @@ class Experiment:
         tasks = {task: _options(task, given) for task, given in self.tasks.items()}
         own = ("tasks", "device", "jobs", "output_dir")
         shared = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
-        return Grid(tasks=tasks, **shared).cells()
+        return Grid(tasks=tasks, **shared | {"rival_python": self.rival_python or None}).cells()
 
 
 def _options(task: str, given: dict[str, Any] | None) -> dict[str, Any]:

@@ -1,0 +1,170 @@
+"""Rivals: names, sizes, transformers' caches in this process, and kvpress in its own, where an interpreter has it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+
+from benchmodel import loaded
+from liquidfusion.bench import decoding
+from liquidfusion.bench.caches import FrameworkCache
+from liquidfusion.bench.rivals import Framework, Press, RivalError, parse
+from liquidfusion.bench.rivals.names import PYTHON
+from liquidfusion.bench.rivals.process import Process
+from liquidfusion.bench.tasks.answering import Prompt, answer, full_bytes
+from liquidfusion.exceptions import ConfigError
+
+
+def asked(count: int = 4) -> list[Prompt]:
+    tokenizer = loaded().tokenizer
+    return [
+        Prompt(
+            decoding.encode(tokenizer, "the quick brown fox jumps over " * (6 + n)),
+            decoding.encode(tokenizer, "what is " * (1 + n % 2)),
+            8,
+        )
+        for n in range(count)
+    ]
+
+
+def test_names() -> None:
+    ada = "AdaKVPress(SnapKVPress(window_size=32),alpha_safeguard=0.1)"
+    text = f"kvpress:KeyDiffPress,{ada}, full,transformers:QuantizedCache(backend='fp8')"
+    assert parse(text, python="p", budget=64) == [
+        Press("KeyDiffPress", "p", budget=64),
+        Press(ada, "p", budget=64),
+        Press("full", "p"),
+        Framework("QuantizedCache(backend='fp8')"),
+    ]
+    assert parse("kvpress:KnormPress", cache_size=25)[0].strategy == "kvpress:KnormPress"
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "message"),
+    [
+        ("KeyDiffPress", {"budget": 4}, "rival 'KeyDiffPress': kvpress:NAME or transformers:NAME is accepted"),
+        ("other:KeyDiffPress", {"budget": 4}, "rival 'KeyDiffPress': kvpress:NAME"),
+        ("", {}, "no rival is named"),
+        ("kvpress:KeyDiffPress", {}, "rival kvpress:KeyDiffPress needs a size"),
+        ("kvpress:KeyDiffPress", {"budget": 0}, "budget 0 is not at least 1"),
+        ("kvpress:KeyDiffPress", {"cache_size": 0.0}, "cache_size 0 is not above 0"),
+        (
+            "kvpress:KeyDiffPress",
+            {"budget": 4, "cache_size": 5.0},
+            "cache_size 5.0 and budget 4 are given; one of cache_size, budget, memory is accepted",
+        ),
+        ("kvpress:KeyDiffPress(", {"budget": 4}, "is not a name, or a call such as"),
+        ("kvpress:__import__('os').remove('x')", {"budget": 4}, "is not a name, or a call such as"),
+        ("kvpress:SnapKVPress(window_size=print(1).x)", {"budget": 4}, "is not a name, or a call such as"),
+        ("transformers:3", {}, "is not a name, or a call such as"),
+    ],
+)
+def test_refused_names(text: str, size: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse(text, **size)  # type: ignore[arg-type]
+
+
+def test_a_size_refers_to_the_whole_prompt() -> None:
+    assert Press("KnormPress", cache_size=12.5).kept(1000) == 125
+    assert Press("KnormPress", budget=64).kept(1000) == 64
+    assert Press("KnormPress", memory=6400).kept(1000, token_bytes=100) == 64
+    assert Press("full").kept(1000) == 1000
+
+
+def test_a_press_is_no_cache_of_this_process() -> None:
+    with pytest.raises(ConfigError, match="answers in a process of its own: this task cannot use it"):
+        Press("KnormPress", budget=4).make(loaded().model, 8)
+
+
+def test_an_interpreter_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(PYTHON, raising=False)
+    with pytest.raises(ConfigError, match="pip install kvpress, then --rival-python"):
+        answer(loaded().model, loaded().tokenizer, Press("KnormPress", budget=4), asked(1))
+    with pytest.raises(RivalError, match="/no/such/python cannot be started: No such file"):
+        answer(loaded().model, loaded().tokenizer, Press("KnormPress", "/no/such/python", budget=4), asked(1))
+
+
+def test_an_interpreter_without_kvpress_says_so() -> None:
+    model = str(loaded().model.config.name_or_path)
+    with pytest.raises(RivalError, match=r"No module named 'kvpress'|died"):
+        Process(sys.executable, model, "float32", "cpu", 1)
+
+
+def test_transformers_caches_answer_here() -> None:
+    model, tokenizer = loaded().model, loaded().tokenizer
+    plain = answer(model, tokenizer, FrameworkCache(), asked())
+    dynamic = answer(model, tokenizer, Framework("DynamicCache"), asked())
+    assert [one.tokens for one in dynamic] == [one.tokens for one in plain]
+    with pytest.raises(ConfigError, match="has no cache 'NoCache'"):
+        answer(model, tokenizer, Framework("NoCache"), asked())
+    with pytest.raises(ConfigError, match="nbits"):
+        answer(model, tokenizer, Framework("QuantizedCache(backend='fp8', nbits=4)"), asked())
+
+
+def test_a_quantised_cache_is_counted_as_it_is_held() -> None:
+    model, tokenizer = loaded().model, loaded().tokenizer
+    rival = Framework("QuantizedCache(backend='fp8')")
+    (one,) = answer(model, tokenizer, rival, asked(1))
+    elements = full_bytes(model, asked(1)[0].length + one.fed) // model.dtype.itemsize
+    assert elements <= one.facts["cache_bytes"] <= elements + 64  # a byte each, and the scales
+
+
+@cache
+def interpreter() -> str | None:
+    """An interpreter with kvpress: named by the environment variable."""
+    python = os.environ.get(PYTHON)
+    if python is None:
+        return None
+    found = subprocess.run([python, "-c", "import importlib.util as u; assert u.find_spec('kvpress')"], check=False)
+    return python if found.returncode == 0 else None
+
+
+kvpress = pytest.mark.skipif(interpreter() is None, reason=f"{PYTHON} names no interpreter with kvpress")
+
+
+@kvpress
+def test_the_other_process_reads_the_same_prompts() -> None:
+    model, tokenizer = loaded().model, loaded().tokenizer
+    plain = answer(model, tokenizer, FrameworkCache(), asked())
+    there = answer(model, tokenizer, Press("full", interpreter()), asked())
+    assert [one.tokens for one in there] == [one.tokens for one in plain]
+    assert [one.text for one in there] == [one.text for one in plain]
+    for prompt, one in zip(asked(), there, strict=True):
+        assert one.facts["cache_bytes"] == full_bytes(model, prompt.length + one.fed)
+        assert one.facts["passes"] == 1.0
+
+
+@kvpress
+@pytest.mark.parametrize(
+    "press",
+    ["KnormPress", "KeyDiffPress", "ExpectedAttentionPress", "SnapKVPress(window_size=16)", "CompactorPress"],
+)
+def test_presses_keep_what_they_are_given_alone_and_together(press: str) -> None:
+    model, tokenizer = loaded().model, loaded().tokenizer
+    rival = Press(press, interpreter(), budget=40)
+    alone = answer(model, tokenizer, rival, asked(), batch_size=1)
+    together = answer(model, tokenizer, rival, asked(), batch_size=4)
+    assert [one.tokens for one in together] == [one.tokens for one in alone]
+    for prompt, one in zip(asked(), alone, strict=True):
+        assert one.facts["cache_bytes"] == full_bytes(model, 40 + len(prompt.question) + one.fed)
+        assert one.facts["allocated_bytes"] == one.facts["cache_bytes"]
+
+
+@kvpress
+def test_a_press_for_decoding_bounds_the_answer() -> None:
+    rival = Press("DecodingPress(KnormPress, compression_interval=1)", interpreter(), budget=24)
+    found = answer(loaded().model, loaded().tokenizer, rival, asked(2))
+    assert {one.facts["cache_bytes"] for one in found} == {full_bytes(loaded().model, 24)}
+
+
+@kvpress
+def test_what_a_press_dies_of_is_said_and_the_next_one_runs() -> None:
+    model, tokenizer = loaded().model, loaded().tokenizer
+    with pytest.raises(RivalError, match=r"kvpress .* has no NoSuchPress; it has .*KeyDiffPress"):
+        answer(model, tokenizer, Press("NoSuchPress", interpreter(), budget=4), asked(1))
+    assert answer(model, tokenizer, Press("KnormPress", interpreter(), budget=4), asked(1))
