@@ -90,7 +90,7 @@ def look_weights(keys, values):
     return torch.nan_to_num(torch.nan_to_num(values.double()).norm(dim=-1) / keys.double().norm(dim=-1))
 
 
-def naive_decode(q, k, v, keys, values, positions, mass, peak, ring, used, seen, **options):
+def naive_decode(q, k, v, keys, values, positions, mass, peak, ring, used, seen, sinks=None, **options):
     """Twin of `kernels.decode`, written over copies: (out, keys, values, positions, mass, peak)."""
     keys, values, positions, mass, peak = (t.clone() for t in (keys, values, positions, mass, peak))
     rows = torch.arange(q.shape[0], device=q.device)
@@ -104,7 +104,7 @@ def naive_decode(q, k, v, keys, values, positions, mass, peak, ring, used, seen,
     visible = positions >= 0
     if options["window"]:
         visible &= seen[:, None, None] - positions < options["window"]
-    out, p = naive(q[:, :, None], keys, values, visible[:, :, None], options["scale"], options["softcap"])
+    out, p = naive(q[:, :, None], keys, values, visible[:, :, None], options["scale"], options["softcap"], sinks)
     p = p[:, :, 0]
     p = p * (seen[:, None, None] - positions >= options["look_gap"])
     if options["value_weighted"]:
@@ -201,6 +201,26 @@ def test_decode_without_a_slot_writes_nothing():
         assert torch.equal(torch.nan_to_num(actual), torch.nan_to_num(wanted))
 
 
+def test_decode_sinks():
+    arguments, options = decode_case(4, torch.float32, 2, 64)
+    sinks = torch.linspace(-1, 3, arguments[0].shape[1], device=DEVICE)
+    check_decode(arguments, options | {"sinks": sinks})
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int8])
+def test_decode_leaves_idle_rows(kind):
+    arguments, options = decode_case(3, torch.float32, 2, 64, batch=3, weighted=True)
+    before = [t.clone() for t in arguments]
+    expected = naive_decode(*arguments, **options)
+    out = kernels.decode(*arguments, active=torch.tensor([1, 0, 1], device=DEVICE).to(kind), **options)
+    for row in (0, 2):
+        close(out[row], expected[0][row], 1e-5)
+        close(arguments[6][row], expected[4][row], 1e-4)
+    assert (out[1] == 0).all()
+    for actual, wanted in zip(arguments, before, strict=True):
+        assert torch.equal(torch.nan_to_num(actual[1]), torch.nan_to_num(wanted[1]))
+
+
 def test_decode_runs_are_bit_identical():
     results = []
     for _ in range(2):
@@ -229,7 +249,7 @@ def test_decode_is_one_node_of_a_compiled_graph():
     assert any("liquidfusion.decode" in str(target) for target in targets)
 
 
-def naive_prefill(q, k, v, keys, values, positions, ages, mass, peak, *, first_position, **options):
+def naive_prefill(q, k, v, keys, values, positions, ages, mass, peak, *, first_position, sinks=None, **options):
     """Twin of `kernels.prefill`."""
     count = ages.amax(1) + 1
     end = torch.as_tensor(first_position, device=q.device) + count
@@ -245,7 +265,8 @@ def naive_prefill(q, k, v, keys, values, positions, ages, mass, peak, *, first_p
     visible = real & (distance >= 0)
     if options["window"]:
         visible &= distance < options["window"]
-    out, p = naive(q, torch.cat([keys, k], 2), torch.cat([values, v], 2), visible, options["scale"], options["softcap"])
+    k_all, v_all = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+    out, p = naive(q, k_all, v_all, visible, options["scale"], options["softcap"], sinks)
     p = p * (distance >= options["look_gap"])
     norm = torch.ones((), dtype=torch.float64)
     if options["value_weighted"]:
@@ -362,6 +383,30 @@ def test_prefill_forgets_what_has_faded(decays):
     queries = 2000 if NATIVE else 700
     case = prefill_case(9, torch.float32, 2, 64, queries, 20, batch=1, padded=False, decays=decays, reach=30)
     check_prefill(*case)
+
+
+@pytest.mark.parametrize(("padded", "slots"), [(False, 0), (True, 25)])
+def test_prefill_sinks(padded, slots):
+    queries = 300 if NATIVE else 45
+    arguments, options = prefill_case(5, torch.float32, 2, 64, queries, slots, padded=padded, full=not padded)
+    sinks = torch.linspace(-1, 3, arguments[0].shape[1], device=DEVICE)
+    check_prefill(arguments, options | {"sinks": sinks})
+
+
+def test_prefill_sinks_after_fused_attention(monkeypatch):
+    """The fused attention knows no sinks: they are put into what it gives."""
+    arguments, options = prefill_case(5, torch.float32, 2, 64, 45, 25, padded=False, full=True, batch=1)
+    module = sys.modules[f"{kernels.__name__}.prefill"]
+
+    def fused(q, k, v, causal, scale):
+        x = q @ k.repeat_interleave(2, 1).mT * scale
+        if causal:
+            x = x.masked_fill(torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).triu(1), -math.inf)
+        return x.softmax(-1) @ v.repeat_interleave(2, 1), x.logsumexp(-1)
+
+    monkeypatch.setattr(module, "_fused", fused)
+    sinks = torch.linspace(-1, 3, arguments[0].shape[1], device=DEVICE)
+    check_prefill(arguments, options | {"sinks": sinks})
 
 
 def test_prefill_unscored():

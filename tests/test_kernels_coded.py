@@ -260,3 +260,110 @@ def test_decode_coded_runs_are_bit_identical():
         results.append([case.run(), case.mass, case.peak])
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
+
+
+def states_case(seed, head_dim, dtype, columns, mean=True):
+    """(states, strided, rotation, mu) of 2 rows."""
+    generator = torch.Generator().manual_seed(seed)
+    heads = 1 + NATIVE
+    states = torch.randn(2, columns, heads, head_dim, generator=generator).transpose(1, 2).to(DEVICE, dtype)
+    mu = torch.randn(heads, head_dim, generator=generator, dtype=torch.float64).to(DEVICE) * mean
+    return states, rotation_of(-(-head_dim // 8) * 8).to(DEVICE), mu
+
+
+def rotated(states, rotation):
+    missing = rotation.shape[0] - states.shape[-1]
+    return torch.nn.functional.pad(states.double(), (0, missing)) @ rotation.T
+
+
+@pytest.mark.parametrize("head_dim", [8, 20, 64, 80, 96, 128])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_encode_and_decode_states(head_dim, bits):
+    dtype = torch.bfloat16 if head_dim == 64 else torch.float32
+    states, rotation, mu = states_case(head_dim + bits, head_dim, dtype, 37, mean=bits > 2)
+    mean = rotated(mu, rotation).float() if bits > 2 else None
+    codes, scales = kernels.encode_states(states, rotation.float(), mean, bits)
+    for head in range(states.shape[1]):
+        expected = encode_of(rotated(states[:, head].double() - mu[head], rotation), bits)
+        check_codes(codes[:, head], scales[:, head], expected, bits)
+    wanted = decoded(codes, scales, bits, rotation, mu, head_dim)
+    for kind, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        args = (codes, scales, rotation.float(), mu.float() if bits > 2 else None, head_dim, kind)
+        close(kernels.decode_states(*args), wanted, tolerance)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_place_coded(bits):
+    """Chosen columns arrive as `encode_states` codes them; other slots keep their bits."""
+    states, rotation, mu = states_case(bits, 64, torch.bfloat16, 9)
+    mean, rotation = rotated(mu, rotation).float(), rotation.float()
+    heads, slots = states.shape[1], 70
+    source = torch.full((2, heads, slots), -1, dtype=torch.int32)
+    for row in range(2):
+        for head in range(heads):
+            source[row, head, torch.randperm(slots)[: 5 + row]] = torch.randperm(9)[: 5 + row].int()
+    source = source.to(DEVICE)
+    codes = torch.full((2, heads, slots, 8 * bits), 77, dtype=torch.uint8, device=DEVICE)
+    scales = torch.full((2, heads, slots), math.nan, dtype=torch.float16, device=DEVICE)
+    expected = codes.clone(), scales.clone()
+    coded = kernels.encode_states(states, rotation, mean, bits)
+    for row, head, slot in (source >= 0).nonzero().tolist():
+        for target, new in zip(expected, coded, strict=True):
+            target[row, head, slot] = new[row, head, source[row, head, slot]]
+    kernels.place_coded(source, states, codes, scales, rotation, mean)
+    for actual, wanted in zip((codes, scales), expected, strict=True):
+        assert torch.equal(actual.view(torch.uint8), wanted.view(torch.uint8))
+
+
+def test_encode_states_of_nothing_and_of_too_much():
+    states = torch.zeros(1, 1, 3, 64, device=DEVICE)
+    states[0, 0, 1] = math.nan
+    states[0, 0, 2] = 1e30
+    codes, scales = kernels.encode_states(states, rotation_of(64).float().to(DEVICE), None, 4)
+    assert scales[0, 0, 0] == 0
+    assert not scales[0, 0, 1].isfinite()
+    assert (
+        kernels.decode_states(codes, scales, rotation_of(64).float().to(DEVICE), None, 64, torch.float32)[0, 0, 0] == 0
+    ).all()
+
+
+def naive_distinctness(keys, held):
+    unit = torch.where(held[..., None], keys.double(), 0.0)
+    unit = torch.nan_to_num(unit / unit.norm(dim=-1, keepdim=True))
+    mean = unit.sum(2, keepdim=True)
+    return -torch.nan_to_num((unit * mean).sum(-1) / mean.norm(dim=-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_distinctness(dtype, head_dim):
+    states, _, mu = states_case(head_dim, head_dim, dtype, 75)
+    states = (states + mu.to(dtype)[:, None]).contiguous()
+    held = torch.rand(states.shape[:3], generator=torch.Generator().manual_seed(1)).to(DEVICE) > 0.2
+    states[~held] = math.nan
+    wanted = naive_distinctness(states, held)
+    close(kernels.distinctness((states, None, held)), wanted, 1e-5)
+    parts = [(states[:, :, a:b].contiguous(), None, held[:, :, a:b].contiguous()) for a, b in ((0, 40), (40, 75))]
+    close(kernels.distinctness(*parts), wanted, 1e-5)
+    assert torch.equal(kernels.distinctness((states, None, held)), kernels.distinctness((states, None, held)))
+
+
+@pytest.mark.parametrize("head_dim", [8, 64, 72, 80])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_distinctness_of_codes(head_dim, bits):
+    states, rotation, mu = states_case(head_dim, head_dim, torch.float32, 75)
+    mean = rotated(mu, rotation).float()
+    held = torch.rand(states.shape[:3], generator=torch.Generator().manual_seed(1)).to(DEVICE) > 0.2
+    codes, scales = kernels.encode_states(states, rotation.float(), mean, bits)
+    wanted = naive_distinctness(decoded(codes, scales, bits, rotation, mu, head_dim), held)
+    scales[~held] = math.nan
+    part = (codes, scales, held)
+    close(kernels.distinctness(part, mean=mean, width=len(rotation)), wanted, 1e-5)
+    parts = [tuple(t[:, :, a:b].contiguous() for t in part) for a, b in ((0, 40), (40, 75))]
+    close(kernels.distinctness(*parts, mean=mean, width=len(rotation)), wanted, 1e-5)
+
+
+def test_distinctness_of_nothing():
+    states = torch.randn(1, 1, 40, 64, device=DEVICE)
+    none = torch.zeros(1, 1, 40, dtype=torch.bool, device=DEVICE)
+    assert (kernels.distinctness((states, None, none)) == 0).all()

@@ -1,4 +1,6 @@
-"""Triton kernels: decode over the slots in place, prefill with exact attention scores, and what it puts into the slots.
+"""Triton kernels: attention over the slots in place, with exact scores, and what is put into the slots.
+
+Slots lie in 16 bits or coded; how distinct keys are is told of both.
 
 The package needs torch alone to be imported. `available` says whether the kernels can run; without Triton the names
 `decode`, `place` and `prefill` do not exist and the generic torch path does the work.
@@ -19,10 +21,22 @@ except ModuleNotFoundError:
 if _FOUND:
     from .coded import decode_coded
     from .decode import decode
+    from .distinct import distinctness
+    from .encode import decode_states, encode_states, place_coded
     from .place import place
     from .prefill import prefill
 
-    __all__ = ["available", "decode", "decode_coded", "place", "prefill"]
+    __all__ = [
+        "available",
+        "decode",
+        "decode_coded",
+        "decode_states",
+        "distinctness",
+        "encode_states",
+        "place",
+        "place_coded",
+        "prefill",
+    ]
 else:
     __all__ = ["available"]
 

@@ -1,6 +1,6 @@
 """Decode over codes: the step of `decode` where keys, values or both lie in 8, 4 or 2 bits a coordinate.
 
-Three launches. `_enter` rotates the queries, codes the new token's key and value and writes them to its slot. `_attend`
+Three launches. `enter` rotates the queries, codes the new token's key and value and writes them to its slot. `_attend`
 splits the slots of every (row, kv head) over programs of one warp each: words of codes go from memory to the operands
 of the matrix units without leaving their thread, products are of small integers, and a slot's scale multiplies its
 logit and its probability. `merge` joins the splits, rotates the outputs back and updates mass and peak. Nothing is
@@ -16,198 +16,22 @@ from torch import Tensor
 
 from .codes import (
     QUADS,
-    STEPS,
     bias,
-    bounded,
-    encode,
     key_order,
     key_rows,
     load_words,
-    low,
-    pack,
-    rotate,
     squared_levels,
     value_columns,
     value_order,
 )
 from .common import base2_logits, chained, dot, look_weight, precision, soften
+from .enter import enter
 from .merge import MAX_SPLITS, Splits, merge
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-# ruff: noqa: N803 (Triton's constexpr parameters are upper case)
+# ruff: noqa: N803, N806 (Triton's constexpr parameters are upper case)
 
 REGISTERS = 128  # of a thread where a tile's products fit; more would leave fewer programs to hide each other's latency
-
-
-@triton.jit
-def _store_vector(
-    new,
-    mean,
-    states,
-    scales,
-    rotation,
-    pair,
-    target,
-    slots,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BITS: tl.constexpr,
-    STEP: tl.constexpr,
-    LOW: tl.constexpr,
-    ROWS: tl.constexpr,
-    CENTRED: tl.constexpr,
-):
-    """Write one key or value to its slot, coded unless BITS is 16."""
-    slot = pair * slots + target
-    if BITS == 16:
-        d = tl.arange(0, BLOCK_D)
-        x = tl.load(new + d, mask=d < HEAD_DIM, other=0.0)
-        tl.store(states + slot * HEAD_DIM + d, x.to(states.dtype.element_ty), mask=d < HEAD_DIM)
-    else:
-        PARTS: tl.constexpr = 8 // BITS
-        i = tl.arange(0, LOW)[None, :]
-        at = tl.arange(0, BLOCK_D // LOW)[:, None] * LOW + i
-        x = tl.load(new + at, mask=at < HEAD_DIM, other=0.0).to(tl.float32)
-        y = rotate(x, rotation, WIDTH, LOW, ROWS, PARTS)
-        r = tl.arange(0, PARTS * ROWS)[:, None]
-        there = r % ROWS < WIDTH // (LOW * PARTS)
-        if CENTRED:
-            at = (r // ROWS * (WIDTH // (LOW * PARTS)) + r % ROWS) * LOW + i
-            y -= tl.load(mean + at, mask=there, other=0.0)
-        y = tl.where(there, y, 0.0)
-        norm = tl.sqrt_rn(tl.sum(tl.sum(y * y, 1), 0))
-        code, level = encode(y, norm, there, WIDTH, BITS, STEP)
-        scale = tl.div_rn(norm, tl.sqrt_rn(tl.sum(tl.sum(level * level, 1), 0)))
-        packed = pack(code.reshape([1, PARTS, ROWS * LOW]), BITS).reshape([ROWS * LOW])
-        byte = tl.arange(0, ROWS * LOW)
-        BYTES: tl.constexpr = WIDTH * BITS // 8
-        tl.store(states + slot * BYTES + byte, packed, mask=byte < BYTES)
-        tl.store(scales + slot, bounded(scale, norm))
-
-
-@triton.jit
-def _enter(
-    q,
-    k,
-    v,
-    keys,
-    key_scales,
-    values,
-    value_scales,
-    positions,
-    mass,
-    peak,
-    ring,
-    used,
-    seen,
-    active,
-    rotation,
-    mean,
-    queries,
-    offsets,
-    q_row,
-    q_head,
-    k_row,
-    k_head,
-    v_row,
-    v_head,
-    positions_row,
-    positions_head,
-    mass_row,
-    mass_head,
-    peak_row,
-    peak_head,
-    ring_row,
-    ring_head,
-    slots,
-    ring_size,
-    GROUP: tl.constexpr,
-    QUERIES: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    K_BITS: tl.constexpr,
-    K_STEP: tl.constexpr,
-    K_LOW: tl.constexpr,
-    K_ROWS: tl.constexpr,
-    V_BITS: tl.constexpr,
-    V_STEP: tl.constexpr,
-    V_LOW: tl.constexpr,
-    V_ROWS: tl.constexpr,
-    LOW: tl.constexpr,
-    CENTRED: tl.constexpr,
-    SCORED: tl.constexpr,
-    ACTIVE: tl.constexpr,
-    CHAINED: tl.constexpr,
-):
-    """One vector per program: a query head of the group, the key or the value."""
-    if CHAINED:
-        tl.extra.cuda.gdc_launch_dependents()
-    vector = tl.program_id(0)
-    head = tl.program_id(1)
-    row = tl.program_id(2).to(tl.int64)
-    kv_heads = tl.num_programs(1)
-    pair = row * kv_heads + head
-    mean += head * WIDTH
-    if vector < QUERIES:
-        i = tl.arange(0, LOW)[None, :]
-        at = tl.arange(0, BLOCK_D // LOW)[:, None] * LOW + i
-        x = tl.load(q + row * q_row + (head * GROUP + vector) * q_head + at, mask=at < HEAD_DIM, other=0.0)
-        y = rotate(x.to(tl.float32), rotation, WIDTH, LOW, BLOCK_D // LOW, 1)
-        query = pair * GROUP + vector
-        tl.store(queries + query * WIDTH + at, y.to(queries.dtype.element_ty), mask=at < WIDTH)
-        if CENTRED:
-            y = y * tl.load(mean + at, mask=at < WIDTH, other=0.0)
-            tl.store(offsets + query, tl.sum(tl.sum(y, 1), 0))
-    else:
-        target = tl.load(ring + row * ring_row + head * ring_head + tl.load(used + row) % ring_size)
-        alive = target >= 0
-        if ACTIVE:
-            alive = alive & (tl.load(active + row) != 0)
-        if alive:
-            if vector == QUERIES:
-                _store_vector(
-                    k + row * k_row + head * k_head,
-                    mean,
-                    keys,
-                    key_scales,
-                    rotation,
-                    pair,
-                    target,
-                    slots,
-                    HEAD_DIM,
-                    WIDTH,
-                    BLOCK_D,
-                    K_BITS,
-                    K_STEP,
-                    K_LOW,
-                    K_ROWS,
-                    CENTRED,
-                )
-                tl.store(positions + row * positions_row + head * positions_head + target, tl.load(seen + row))
-                if SCORED:
-                    tl.store(mass + row * mass_row + head * mass_head + target, 0.0)
-                    tl.store(peak + row * peak_row + head * peak_head + target, 0.0)
-            else:
-                _store_vector(
-                    v + row * v_row + head * v_head,
-                    mean,
-                    values,
-                    value_scales,
-                    rotation,
-                    pair,
-                    target,
-                    slots,
-                    HEAD_DIM,
-                    WIDTH,
-                    BLOCK_D,
-                    V_BITS,
-                    V_STEP,
-                    V_LOW,
-                    V_ROWS,
-                    False,
-                )
 
 
 @triton.jit
@@ -501,59 +325,22 @@ def _run(
     launch = {"launch_pdl": True} if early else {}
     kind = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
     none = positions
-    strides = (*mass.stride()[:2], *peak.stride()[:2]) if mass is not None and peak is not None else (0, 0, 0, 0)
-    queries, offsets = q, left.stats
-    if key_bits < 16:
-        queries = torch.empty((batch, query_heads, width), dtype=kind, device=q.device)
-        offsets = torch.empty((batch, query_heads), dtype=torch.float32, device=q.device)
-    rows = [triton.next_power_of_2(triton.cdiv(width * min(b, 8) // 8, low(width, b))) for b in (key_bits, value_bits)]
-    own = group if key_bits < 16 else 0
-    _enter[(own + 2, kv_heads, batch)](
+    queries, offsets = enter(
         q,
         k,
         v,
-        keys,
-        key_scales if key_scales is not None else none,
-        values,
-        value_scales if value_scales is not None else none,
+        (keys, key_scales, key_bits),
+        (values, value_scales, value_bits),
         positions,
-        mass if mass is not None else none,
-        peak if peak is not None else none,
+        mass,
+        peak,
         ring,
         used,
         seen,
-        active if active is not None else none,
+        active,
         rotation,
-        mean if mean is not None else rotation,
-        queries,
-        offsets,
-        *q.stride()[:2],
-        *k.stride()[:2],
-        *v.stride()[:2],
-        *positions.stride()[:2],
-        *strides,
-        *ring.stride()[:2],
-        slots,
-        ring.shape[2],
-        GROUP=group,
-        QUERIES=own,
-        HEAD_DIM=head_dim,
-        WIDTH=width,
-        BLOCK_D=block_d,
-        K_BITS=key_bits,
-        K_STEP=STEPS.get(key_bits, 0.0),
-        K_LOW=low(width, key_bits),
-        K_ROWS=rows[0],
-        V_BITS=value_bits,
-        V_STEP=STEPS.get(value_bits, 0.0),
-        V_LOW=low(width, value_bits),
-        V_ROWS=rows[1],
-        LOW=low(width, 8),
-        CENTRED=centred,
-        SCORED=scored,
-        ACTIVE=active is not None,
-        CHAINED=early,
-        num_warps=1,
+        mean if centred else None,
+        kind,
     )
     _attend[(splits, kv_heads, batch)](
         queries,

@@ -78,6 +78,7 @@ def _attend(
     positions,
     ages,
     ends,
+    sinks,
     out,
     lse,
     q_row,
@@ -113,6 +114,7 @@ def _attend(
     PADDED: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
+    SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -132,6 +134,9 @@ def _attend(
     end = tl.load(ends + row)
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
+    if SINKS:
+        top = tl.zeros([BLOCK_Q], tl.float32) + tl.load(sinks + query_head) * LOG2E
+        total += 1.0
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
 
     for start in tl.range(0, slots, BLOCK_K, num_stages=STAGES):
@@ -689,6 +694,7 @@ def _attention(
     positions: Tensor,
     ages: Tensor,
     ends: Tensor,
+    sinks: Tensor | None,
     scale: float,
     softcap: float,
     window: int,
@@ -717,6 +723,9 @@ def _attention(
                 BLOCK_D=block_d,
                 BLOCK_Q=block_q,
             )
+        if sinks is not None:
+            whole = torch.logaddexp(lse, sinks[:, None])
+            out, lse = out.mul_((lse - whole).exp_()[..., None].to(out.dtype)), whole
         return out, lse
 
     out = torch.empty((batch, query_heads, queries, head_dim), dtype=q.dtype, device=q.device)
@@ -737,6 +746,7 @@ def _attention(
         positions,
         ages,
         ends,
+        sinks if sinks is not None else lse,
         out,
         lse,
         *q.stride()[:3],
@@ -759,6 +769,7 @@ def _attention(
         PADDED=padded,
         WINDOWED=window > 0,
         CAPPED=softcap > 0,
+        SINKS=sinks is not None,
         PRECISION=precision(q.dtype, q.device),
         STAGES=stages,
         num_warps=warps,
@@ -915,6 +926,7 @@ def _run(
     first: Tensor,
     mass: Tensor | None,
     peak: Tensor | None,
+    sinks: Tensor | None,
     scale: float,
     mass_decay: float,
     peak_decay: float,
@@ -931,7 +943,7 @@ def _run(
     counts = ages.amax(1) + 1
     ends = first + counts
     plain = not padded and softcap <= 0 and window <= 0 and (full or keys.shape[2] == 0)
-    out, lse = _attention(q, k, v, keys, values, positions, ages, ends, scale, softcap, window, plain, padded)
+    out, lse = _attention(q, k, v, keys, values, positions, ages, ends, sinks, scale, softcap, window, plain, padded)
     if mass is None or peak is None:
         return out, lse.new_empty(0), lse.new_empty(0)
     new_mass, new_peak = _scores(
@@ -981,6 +993,7 @@ def prefill(
     ages: Tensor,
     mass: Tensor | None,
     peak: Tensor | None,
+    sinks: Tensor | None = None,
     *,
     scale: float,
     mass_decay: float,
@@ -1012,6 +1025,8 @@ def prefill(
         attended).
     mass, peak : Tensor or None
         float32 ``[batch, kv_heads, slots]`` before the call, not written. Both None: attention only.
+    sinks : Tensor or None
+        float32 ``[query_heads]``: a learned logit per head in the softmax's denominator, neither scaled nor capped.
     scale : float
         Factor on the logits.
     mass_decay, peak_decay : float
@@ -1060,6 +1075,7 @@ def prefill(
         first_position,
         mass,
         peak,
+        sinks,
         scale,
         mass_decay,
         peak_decay,
