@@ -62,6 +62,9 @@ def layer_formats(model: PreTrainedModel, geometry: Geometry, bits: Bits | None,
         )
     formats = []
     for index, layer in enumerate(geometry.layers):
+        if index not in geometry.attention_layers:
+            formats.append(Format())  # it has no slots
+            continue
         own = found.bits(index)
         keys = half if own.keys == 16 else Coding(own.keys, layer.key_dim, found.layers[index].mu)
         formats.append(Format(keys, half if own.values == 16 else Coding(own.values, layer.value_dim)))
@@ -93,7 +96,8 @@ def fit(strategy: Strategy, memory: int | str, geometry: Geometry, formats: Sequ
     def nbytes(budget: int) -> int:
         own = strategy.spec(budget)
         total = 0
-        for layer, held in zip(geometry.layers, formats, strict=True):
+        for index in geometry.attention_layers:
+            layer, held = geometry.layers[index], formats[index]
             spec = layer_spec(own, layer.window)
             total += (spec.budget or 0) * slot_bytes(layer, held, spec, element)
         return total * geometry.processes
