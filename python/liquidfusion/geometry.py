@@ -47,9 +47,10 @@ class Layer:
 
     `kind`: see `Kind`. `window`: tokens of a sliding window or of a chunk, 0 for neither. `kv_heads`: key/value heads
     that this process attends with. `key_dim`, `value_dim`: elements of a key and of a value of one head. `source`: the
-    layer whose slots it reads, its own index unless it shares another's. `state`: whether it keeps a recurrent or
-    convolution state, in a cache layer of transformers' own. `rope`: prefix of its rotary frequencies where layers of
-    several kinds have their own, else None.
+    layer whose slots it reads, its own index unless it shares another's. `latent`: where all heads share one latent per
+    token (multi-head latent attention), its elements: keys are that and the rotary key, values the latent. `state`:
+    whether it keeps a recurrent or convolution state, in a cache layer of transformers' own. `rope`: prefix of its
+    rotary frequencies where layers of several kinds have their own, else None.
     """
 
     kind: Kind
@@ -58,6 +59,7 @@ class Layer:
     key_dim: int
     value_dim: int
     source: int
+    latent: int = 0
     state: bool = False
     rope: str | None = None
 
@@ -119,7 +121,7 @@ class Geometry:
     def plain(self) -> bool:
         """Whether every layer attends to slots of its own, in a window or not, and keeps nothing else."""
         return all(
-            layer.kind in (Kind.FULL, Kind.WINDOW) and layer.source == i and not layer.state
+            layer.kind in (Kind.FULL, Kind.WINDOW) and layer.source == i and not layer.state and not layer.latent
             for i, layer in enumerate(self.layers)
         )
 
@@ -239,6 +241,12 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from (name for name in constant if isinstance(name, str))
 
 
+def is_latent(module: nn.Module) -> bool:
+    """Whether a module hands a latent and a rotary key to its cache, which all its heads share."""
+    names = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_b_proj")
+    return all(getattr(module, name, None) is not None for name in names)
+
+
 def _is_decoder(module: nn.Module, config: Any) -> bool:
     return isinstance(getattr(module, "config", config), type(config))
 
@@ -293,11 +301,6 @@ def _check(model: PreTrainedModel, config: Any, modules: Modules) -> None:
             "computes attention in code of its own and not through transformers' attention interface "
             f"({INTERFACE}), so its keys and probabilities cannot be reached"
         )
-    if getattr(config, "kv_lora_rank", None):
-        raise refuse(
-            "uses multi-head latent attention (MLA): it expands the keys of all heads from one latent per token, which "
-            "slots cannot hold"
-        )
     types = set(getattr(config, "layer_types", None) or ())
     if other := sorted(types - set(_KINDS)):
         raise refuse(f"has layers of type {other}, which attend in ways that a KVCache does not know")
@@ -326,7 +329,7 @@ def _layers(model: PreTrainedModel, config: Any, modules: Modules) -> tuple[Laye
     for index, name in enumerate(types):
         kind, state = _KINDS[name]
         if kind == Kind.NONE:
-            layers.append(Layer(kind, 0, 0, 0, 0, index, state))
+            layers.append(Layer(kind, 0, 0, 0, 0, index, state=state))
             continue
         wide = {Kind.WINDOW: window, Kind.CHUNKED: chunk}.get(kind, 0)
         module, source = modules[index], index
@@ -334,15 +337,17 @@ def _layers(model: PreTrainedModel, config: Any, modules: Modules) -> tuple[Laye
             own = [i for i in range(index) if types[i] == name and layers[i].source == i]
             source = own[-1]
             module = modules[source]
-        width = _key_dim(module, config)
+        latent = int(module.kv_lora_rank) if is_latent(module) else 0  # type: ignore[arg-type]
+        width = latent + int(module.qk_rope_head_dim) if latent else _key_dim(module, config)  # type: ignore[arg-type]
         layers.append(
             Layer(
                 kind=kind if wide else Kind.FULL,
                 window=wide,
-                kv_heads=_kv_heads(module, config, processes),
+                kv_heads=1 if latent else _kv_heads(module, config, processes),
                 key_dim=width,
-                value_dim=int(getattr(module, "v_head_dim", 0) or width),
+                value_dim=latent or int(getattr(module, "v_head_dim", 0) or width),
                 source=source,
+                latent=latent,
                 state=state,
                 rope=name if told and isinstance(rope, dict) else None,
             )

@@ -24,7 +24,7 @@ _SIZES: tuple[tuple[str, Any], ...] = (
     (r"(mm_hidden_size|projector_hidden_size|input_dim|audio_hidden_size|vision_hidden_size)", 64),
     (r"moe_intermediate_size|shared_expert_intermediate_size|expert_ffn_hidden_size|moe_.*intermediate.*", 32),
     (r".*intermediate_size.*|ffn_dim|.*_ffn_dim|d_ff|n_inner|ffn_hidden_size|ffn_hidden_dim|dim_ff|mlp_hidden_size", 96),
-    (r"num_hidden_layers|n_layers?|num_layers|decoder_layers|encoder_layers|depth|num_blocks|n_layer", LAYERS),
+    (r"num_hidden_layers|n_layers?|num_layers|decoder_layers|encoder_layers|depth|num_blocks|n_layer|layers", LAYERS),
     (r"layers_block_type|depths", None),
     (r"num_attention_heads|n_heads?|num_heads|(en|de)coder_attention_heads|attention_heads|num_head", 4),
     (r"(global_|full_|swa_)?(attention_)?head_dim|head_size|kv_channels|d_kv|v_head_dim|qk_nope_head_dim|d_head", 16),

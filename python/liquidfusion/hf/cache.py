@@ -236,7 +236,7 @@ class KVCache(Cache, Serves):
         for group in self._groups.all:
             group.reset()
         self._states.reset()
-        self._seen.columns, self._evicted_before, self._broken = 0, 0, None
+        self._seen.columns, self._seen.offset, self._evicted_before, self._broken = 0, 0, 0, None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to a file, so that `load` can go on where it is.
@@ -372,7 +372,10 @@ class KVCache(Cache, Serves):
         """
         if self._broken is not None:
             raise CacheError(f"an earlier call failed half-way ({self._broken}); call reset() or build a new KVCache")
+        refuse_training(inputs, self.model)
         step = Step.of(inputs, self._past())
+        if not self._seen.columns:
+            self._states.expect(step.batch)
         graph = self._graph_for(step)
         try:
             with switched(self._configs):
@@ -384,7 +387,7 @@ class KVCache(Cache, Serves):
             self._broken = f"{type(error).__name__}: {error}"
             raise
         self._seen.columns += step.columns
-        self._seen.batch = step.batch
+        self._seen.batch, self._seen.offset = step.batch, step.offset
         return output
 
     def _eager(self, step: Step, inputs: dict[str, Any], forward: Forward) -> Any:
@@ -429,7 +432,8 @@ class KVCache(Cache, Serves):
         if not self._seen.columns:
             return Past(0, ())
         pending = self._graph.pending if self._graph is not None and self._graph.running else 0
-        return Past(self._seen.columns, [n + pending for n in self._groups.all[0].ledger.core.seen])
+        seen = [n + pending for n in self._groups.all[0].ledger.core.seen]
+        return Past(self._seen.columns, seen, self._seen.offset)
 
     def _catch_up(self) -> None:
         """Let the host's ledger know of every step the GPU has taken."""
@@ -466,6 +470,7 @@ class KVCache(Cache, Serves):
             "spec": self._told(),
             "model": asdict(session.Fingerprint.of(self._geometry)),
             "columns": self._seen.columns,
+            **({"offset": self._seen.offset} if self._seen.offset else {}),
             "seen": list(self._groups.all[0].ledger.core.seen),
             "slots": [group.ledger.slots for group in self._groups.all],
             "evictions": self.evictions,
@@ -493,6 +498,24 @@ class KVCache(Cache, Serves):
         rows = len(state.description["seen"])
         cache._states.restore(state.tensors, list(devices), rows)
         session.scatter(state, cache._groups, devices)
-        cache._seen.columns, cache._seen.batch = state.description["columns"], len(state.description["seen"])
+        cache._seen.columns, cache._seen.batch = state.description["columns"], rows
+        cache._seen.offset = int(state.description.get("offset", 0))
         cache._evicted_before = state.description["evictions"]
         return cache
+
+
+def refuse_training(inputs: Mapping[str, Any], model: PreTrainedModel) -> None:
+    """Refuse a call that asks for a loss to learn from, before any work.
+
+    Raises
+    ------
+    UnsupportedError
+        Gradients would flow through the cache, and stored tokens have none.
+    """
+    if inputs.get("labels") is None or not torch.is_grad_enabled():
+        return
+    if any(weight.requires_grad for weight in model.parameters()):
+        raise UnsupportedError(
+            "the call has labels and gradients are on: they do not flow through a KVCache; train without a cache "
+            "(use_cache=False), or compute the loss inside torch.no_grad()"
+        )

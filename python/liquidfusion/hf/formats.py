@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from liquidfusion import _core
 from liquidfusion.compute.codes import Coding
 from liquidfusion.compute.rotary import Rotary
+from liquidfusion.exceptions import UnsupportedError
 from liquidfusion.geometry import Geometry, Layer
 from liquidfusion.hf.probe import COSTLY, probe
 from liquidfusion.options import Strategy
@@ -47,10 +48,15 @@ def layer_formats(model: PreTrainedModel, geometry: Geometry, bits: Bits | None,
     Warns once per model where `probe` finds that the bits cost more than 3 % of perplexity.
     """
     if bits is None:
-        return [Format()] * len(geometry.layers)
+        return [Format(front=layer.latent) for layer in geometry.layers]
     half = torch.float16 if geometry.dtype == "float16" else torch.bfloat16
     if not bits.coded:
-        return [Format(half, half)] * len(geometry.layers)
+        return [Format(half, half, layer.latent) for layer in geometry.layers]
+    if any(layer.latent for layer in geometry.layers):
+        raise UnsupportedError(
+            f"bits={bits.given!r}: {geometry.architecture} keeps a latent that all heads share, which is not coded; 16 "
+            "is accepted"
+        )
     found = probe(model, geometry, bits, rotary)
     if found.cost > COSTLY and model not in _warned:
         _warned.add(model)
@@ -79,8 +85,9 @@ def slot_bytes(layer: Layer, held: Format, spec: _core.Spec, element: int) -> in
             return how.nbytes
         return head_dim * (element if how is None else how.itemsize)
 
+    values = 0 if held.front else side(held.values, layer.value_dim)
     beside = POSITION_BYTES + QUEUE_BYTES + (SCORE_BYTES if spec.scored else 0)
-    return layer.kv_heads * (side(held.keys, layer.key_dim) + side(held.values, layer.value_dim) + beside)
+    return layer.kv_heads * (side(held.keys, layer.key_dim) + values + beside)
 
 
 def fit(strategy: Strategy, memory: int | str, geometry: Geometry, formats: Sequence[Format]) -> _core.Spec:

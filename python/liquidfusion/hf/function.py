@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from liquidfusion.compute.softmax import How
 from liquidfusion.exceptions import UnsupportedError
-from liquidfusion.geometry import FOREIGN
+from liquidfusion.geometry import FOREIGN, is_latent
 from liquidfusion.run.backend import Backend, running, traced
 
 IMPLEMENTATION = "liquidfusion"
@@ -74,13 +74,42 @@ def attention_function(
     if backend.reads and getattr(module, "layer_idx", None) in backend.reads:
         backend.take(module.layer_idx)  # type: ignore[arg-type]
     how = How(scale, sliding_window or 0, softcap or 0.0, s_aux, own=own)
+    attend = _attend_latent if is_latent(module) else _attend
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return backend.attend(query, key, value, how).transpose(1, 2), None
+        return attend(module, backend, query, key, value, how).transpose(1, 2), None
     with torch.no_grad():
-        output = backend.attend(query.detach(), key.detach(), value.detach(), how).transpose(1, 2)
+        output = attend(module, backend, query.detach(), key.detach(), value.detach(), how).transpose(1, 2)
     if query.requires_grad or key.requires_grad or value.requires_grad:
         output = _Sealed.apply(output, query, key, value)  # type: ignore[no-untyped-call]
     return output, None
+
+
+def _attend(_: nn.Module, backend: Backend, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
+    return backend.attend(query, key, value, how)
+
+
+def _attend_latent(module: Any, backend: Backend, query: Tensor, _: Tensor, value: Tensor, how: How) -> Tensor:
+    """Attend over latents, which all heads share: the query is taken to where they are, and the output back.
+
+    Keys and values expanded from the latents are those of the call's own columns, and unused.
+    """
+    assert backend.handed is not None  # every such module hands its latent to its cache
+    latent, rotary = (states.detach().to(value.dtype) for states in backend.handed)
+    nope, rank = int(module.qk_nope_head_dim), latent.shape[-1]
+    heads = query.shape[1]
+    up = _expansion(module.kv_b_proj, latent).view(heads, -1, rank)
+    key = torch.cat((latent, rotary), -1)
+    taken = torch.cat((query[..., :nope] @ up[:, :nope], query[..., nope:]), -1)
+    return backend.attend(taken, key, key[..., :rank], how) @ up[:, nope:].transpose(1, 2)
+
+
+def _expansion(projection: nn.Module, latent: Tensor) -> Tensor:
+    """Matrix of a projection from latents, `[outputs, rank]`: its weight, or what it makes of each latent alone."""
+    weight = getattr(projection, "weight", None)
+    if type(projection) is nn.Linear and isinstance(weight, Tensor) and weight.dtype == latent.dtype:
+        return weight
+    matrix: Tensor = projection(torch.eye(latent.shape[-1], dtype=latent.dtype, device=latent.device)).T
+    return matrix
 
 
 def mask_function(

@@ -23,10 +23,14 @@ from liquidfusion.state.group import Groups
 
 @dataclass
 class Seen:
-    """Columns of a model's inputs that a cache has seen, padding included, and its batch rows; shared by its layers."""
+    """What a cache has seen, shared by its layers.
+
+    `columns`: of the model's inputs, padding included. `batch`: rows. `offset`: position of a row's first token.
+    """
 
     columns: int = 0
     batch: int = 0
+    offset: int = 0
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -89,7 +93,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         CacheError
             The model was not called itself (a submodule was called, or the cache was uninstalled).
         """
-        running().take(self._index)
+        running().hand(self._index, key_states, value_states)
         return key_states, value_states
 
     def get_seq_length(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,10 +18,12 @@ class Past:
     """What a cache has seen before a call.
 
     `columns`: columns of its inputs, padding included. `seen`: real tokens of each row; empty before the first call.
+    `offset`: position that the model gives a row's first token.
     """
 
     columns: int
     seen: Sequence[int]
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Step:
 
     `columns`: of its inputs. `lengths`: real new tokens of each row. `seen`: real tokens of each row before the call.
     `ranks`: int32 `[batch, columns]` on the CPU, the token's index among its row's new ones, -1 for padding.
-    `padded`: whether some column is padding.
+    `padded`: whether some column is padding. `offset`: position that the model gives a row's first token.
     """
 
     columns: int
@@ -53,6 +55,7 @@ class Step:
     seen: tuple[int, ...]
     ranks: Tensor
     padded: bool
+    offset: int = 0
     _on: dict[torch.device, On] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
@@ -89,8 +92,7 @@ class Step:
         else:
             lengths, ranks = tuple(real.sum(1).tolist()), (real.cumsum(1) - 1).masked_fill(~real, -1).int()
         step = cls(columns, lengths, seen, ranks.contiguous(), real is not None)
-        _check_positions(inputs.get("position_ids"), step, past.columns)
-        return step
+        return replace(step, offset=_offset(inputs.get("position_ids"), step, past))
 
     @property
     def batch(self) -> int:
@@ -152,19 +154,28 @@ def _real_columns(mask: Any, batch: int, columns: int, past: Past) -> Tensor | N
     return None if bool(real.all()) else real
 
 
-def _check_positions(position_ids: Any, step: Step, columns: int) -> None:
-    """Compare the positions that a call says with those at which the cache goes on."""
+def _offset(position_ids: Any, step: Step, past: Past) -> int:
+    """By how much the positions that a call says are above those at which the cache goes on: the same in every call.
+
+    Raises
+    ------
+    CacheError
+        They are not, or not those of tokens that follow one another.
+    """
     if not isinstance(position_ids, Tensor) or position_ids.dim() != 2:
-        return
-    if position_ids.device.type != "cpu" and step.columns == 1 and columns:
-        return  # reading it back would stall the device at every step
-    given = position_ids.cpu().expand(step.batch, -1)
-    own = step.ranks.long() + torch.tensor(step.seen, device="cpu")[:, None]
-    by_column = (torch.arange(step.columns, device="cpu") + columns).expand(step.batch, -1)
-    wrong = (given != own) & (given != by_column) & (step.ranks >= 0)
+        return past.offset
+    if position_ids.device.type != "cpu" and step.columns == 1 and past.columns:
+        return past.offset  # reading it back would stall the device at every step
+    given, real = position_ids.cpu().expand(step.batch, -1), step.ranks >= 0
+    own = step.ranks.long() + torch.tensor(step.seen, device="cpu")[:, None] + past.offset
+    if not past.columns and bool(real.any()):
+        own += max(0, int((given - own)[real].min()))  # some models count from 1
+    by_column = (torch.arange(step.columns, device="cpu") + past.columns).expand(step.batch, -1)
+    wrong = (given != own) & (given != by_column) & real
     if bool(wrong.any()):
         row, column = wrong.nonzero()[0].tolist()
         raise CacheError(
             f"position_ids[{row}, {column}] is {int(given[row, column])}, but the cache continues at "
             f"{int(own[row, column])}; for a new prompt call reset()"
         )
+    return int((own - step.ranks - torch.tensor(step.seen, device="cpu")[:, None])[0, 0])
