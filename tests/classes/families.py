@@ -15,7 +15,7 @@ MULTIMODAL = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODA
 
 @dataclass(frozen=True)
 class Case:
-    """One class with one configuration: `name` as in the table, `kind` the class, `config` its configuration's class."""
+    """One class with one configuration: `name` as in the table, `kind` the class, `config` its configuration's."""
 
     name: str
     kind: str
@@ -129,6 +129,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "granitemoehybrid": {"attention_only(Granite 4 dense)": {"layer_types": ["full_attention"] * 4}},
     "llama": {"dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}},
+    "llama4_text": {"chunks": {"layer_types": ["chunked_attention"] * 4}},
     "mistral": {"wide_window": {"sliding_window": 200}},
     "olmo3": {"wide_window": {"sliding_window": 200}},
     "phi3": {"longrope": {"rope_parameters": {

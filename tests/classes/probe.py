@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 import liquidfusion as lf
-from families import Case
-from shrink import VOCABULARY, build, small
+from classes.families import Case
+from classes.shrink import VOCABULARY, build, small
 
 STRATEGIES = ("streaming", "h2o", "liquid_fusion")
 PROMPT, NEW = (13, 21), 4
@@ -40,7 +40,7 @@ class Outcome:
         return f"{self.name}/{self.kind}: {self.status}" + (f" ({self.reason})" if self.reason else "")
 
 
-class Differs(AssertionError):
+class DiffersError(AssertionError):
     """Answers that should be equal are not."""
 
 
@@ -48,28 +48,32 @@ def probe(case: Case) -> dict[str, Any]:
     """Classify a class; JSON's types only."""
 
     def outcome(status: str, error: BaseException | None = None, where: str = "") -> dict[str, Any]:
-        reason = "" if error is None else f"{where}{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        reason = (
+            ""
+            if error is None
+            else f"{where}{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        )
         return asdict(Outcome(case.name, case.kind, case.multimodal, status, reason[:300]))
 
     try:
         model = load(case)
         references = dict(expected(model))
-    except Exception as error:  # noqa: BLE001 - whatever a class does by itself is not ours
+    except Exception as error:
         return outcome(HF_FAILS, error)
     try:
         lf.KVCache(model, "streaming", 64)
     except lf.UnsupportedError as error:
         return outcome(REFUSED, error)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return outcome(CRASHED, error)
     for where, check in checks(model, references):
         try:
             check()
-        except Differs as error:
+        except DiffersError as error:
             return outcome(WRONG, error, f"{where}: ")
         except lf.UnsupportedError as error:
             return outcome(LATE, error, f"{where}: ")
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             return outcome(CRASHED, error, f"{where}: ")
     return outcome(WORKS)
 
@@ -135,8 +139,9 @@ def checks(model: PreTrainedModel, references: dict[str, Any]) -> Iterator[tuple
     for name, (lengths, options) in SCENARIOS.items():
         for strategy in STRATEGIES if name != "beams" else STRATEGIES[-1:]:
             if references[name] is not None:
-                yield f"{name}, {strategy}", lambda n=name, s=strategy, w=lengths, o=options: compare(
-                    model, references[n], w, s, o
+                yield (
+                    f"{name}, {strategy}",
+                    lambda n=name, s=strategy, w=lengths, o=options: compare(model, references[n], w, s, o),
                 )
     for strategy in STRATEGIES[::2]:
         yield f"bounded, {strategy}", lambda s=strategy: bounded(model, s)
@@ -151,18 +156,18 @@ def compare(
     sequences, logits = answers(model, lengths, NEW, **options, **{keyword(model): kv})
     if "num_beams" in options:
         if sequences.tolist() != reference[0].tolist():
-            raise Differs("other sequences")
+            raise DiffersError("other sequences")
         return
     close(logits, reference[1])
 
 
 def close(own: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> None:
-    """Raise `Differs` where logits are apart by more than the tolerance, relative to the largest of them."""
+    """Raise `DiffersError` where logits are apart by more than the tolerance, relative to the largest of them."""
     apart = (own.float() - theirs.float()).abs()
     allowed = tolerance * max(1.0, float(theirs.abs().max()))
     if not bool((apart <= allowed).all()):
         step = int((apart.flatten(1).amax(1) > allowed).int().argmax())
-        raise Differs(f"logits of step {step} differ by {float(apart[step].max()):.1e}")
+        raise DiffersError(f"logits of step {step} differ by {float(apart[step].max()):.1e}")
 
 
 def bounded(model: PreTrainedModel, strategy: str) -> None:
@@ -171,9 +176,9 @@ def bounded(model: PreTrainedModel, strategy: str) -> None:
     kv = lf.KVCache(model, strategy, BUDGET)
     together = answers(model, lengths, 5, **{keyword(model): kv})
     if not bool(together[1].isfinite().all()):
-        raise Differs("logits are not finite")
+        raise DiffersError("logits are not finite")
     if not kv.evictions:
-        raise Differs("nothing was evicted")
+        raise DiffersError("nothing was evicted")
     if harmless(model, lengths):
         alone = lf.KVCache(model, strategy, BUDGET)
         close(together[1][:1, :1], answers(model, lengths[:1], 1, **{keyword(model): alone})[1], 10 * TOLERANCE)

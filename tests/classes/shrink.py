@@ -23,7 +23,7 @@ _SIZES: tuple[tuple[str, Any], ...] = (
     (r"(output_dim|out_dim|out_hidden_size|projection_dim|lm_hidden_size|text_hidden_size|proj_dim)", 64),
     (r"(mm_hidden_size|projector_hidden_size|input_dim|audio_hidden_size|vision_hidden_size)", 64),
     (r"moe_intermediate_size|shared_expert_intermediate_size|expert_ffn_hidden_size|moe_.*intermediate.*", 32),
-    (r".*intermediate_size.*|ffn_dim|.*_ffn_dim|d_ff|n_inner|ffn_hidden_size|ffn_hidden_dim|dim_ff|mlp_hidden_size", 96),
+    (r".*intermediate_size.*|(.*_)?ffn_dim|d_ff|n_inner|ffn_hidden_size|ffn_hidden_dim|dim_ff|mlp_hidden_size", 96),
     (r"num_hidden_layers|n_layers?|num_layers|decoder_layers|encoder_layers|depth|num_blocks|n_layer|layers", LAYERS),
     (r"layers_block_type|depths", None),
     (r"num_attention_heads|n_heads?|num_heads|(en|de)coder_attention_heads|attention_heads|num_head", 4),
@@ -78,7 +78,9 @@ def small(kind: type[PreTrainedConfig], overrides: dict[str, Any] | None = None)
     return kind.from_dict(entries)
 
 
-def build(kind: type[PreTrainedModel], config: PreTrainedConfig, implementation: str | None = "eager") -> PreTrainedModel:
+def build(
+    kind: type[PreTrainedModel], config: PreTrainedConfig, implementation: str | None = "eager"
+) -> PreTrainedModel:
     """A model in evaluation mode whose weights are wide enough for its best tokens to vary, equal every time.
 
     Raises

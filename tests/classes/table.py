@@ -21,9 +21,12 @@ from typing import Any
 HERE = Path(__file__).parent
 RECORD = HERE / "table.json"
 PAGE = HERE.parents[1] / "docs" / "models.md"
+MARKS = "<!-- classes: begin -->\n", "<!-- classes: end -->"
+"""What stands between them on the page is written here."""
 SECONDS = 60
 """Given to a class."""
 
+sys.path.insert(0, str(HERE.parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 os.environ.setdefault("TRITON_INTERPRET", "0")
@@ -40,8 +43,7 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(1)
-    import families
-    import probe
+    from classes import families, probe
 
     cases = [
         case for case in families.cases()
@@ -65,8 +67,11 @@ def main() -> int:
             worse.append(key)
     summary(list(outcomes.values()))
     if chosen.write:
-        record |= outcomes
-        RECORD.write_text(json.dumps(dict(sorted(record.items())), indent=1) + "\n")
+        record = dict(sorted((record | outcomes).items()))
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+        page, begin, end = PAGE.read_text(), *MARKS
+        before, _, rest = page.partition(begin)
+        PAGE.write_text(before + begin + rendered(record) + end + rest.partition(end)[2])
     if worse:
         print(f"wrong, crashed, or no longer served: {', '.join(worse)}")
     return int(bool(worse))
@@ -83,6 +88,34 @@ def summary(outcomes: list[dict[str, Any]]) -> None:
         able = len(group) - counts["HF fails"]
         shares = {status: f"{n} ({n / able:.0%})" for status, n in counts.most_common() if status != "HF fails"}
         print(f"{name}: {len(group)}, of which transformers runs {able}: {shares}")
+
+
+def rendered(record: dict[str, dict[str, Any]]) -> str:
+    """The outcomes as a part of a Markdown page."""
+    import transformers
+
+    def listed(outcomes: list[dict[str, Any]]) -> str:
+        return ", ".join(f"`{name}`" for name in sorted({outcome["name"] for outcome in outcomes}, key=str.lower))
+
+    outcomes = list(record.values())
+    able = [outcome for outcome in outcomes if outcome["status"] != "HF fails"]
+    served = [outcome for outcome in able if outcome["status"] == "works"]
+    why: dict[str, list[dict[str, Any]]] = {}
+    for outcome in able:
+        if outcome not in served:
+            reason = (
+                outcome["reason"].split(": ", 1)[-1].removeprefix(f"{outcome['kind']} ").split("; call the model")[0]
+            )
+            why.setdefault(reason.replace("|", "\\|"), []).append(outcome)
+    rows = "".join(f"| {reason} | {listed(group)} |\n" for reason, group in sorted(why.items()))
+    return (
+        f"\nOf transformers {transformers.__version__}'s classes {len(able)} run small from a generic configuration, "
+        f"counting variants; {len(served)} are served ({len(served) / len(able):.0%}). By `model_type`, causal and "
+        f"multimodal classes of one type together, a variant after `#`:\n\n{listed(served)}.\n\n"
+        f"| refused, since it | classes |\n|---|---|\n{rows}\n"
+        f"Not looked at, since such a configuration does not run by itself: "
+        f"{listed([outcome for outcome in outcomes if outcome['status'] == 'HF fails'])}.\n\n"
+    )
 
 
 def forked(function: Any, case: Any, seconds: int) -> dict[str, Any]:

@@ -236,7 +236,8 @@ class KVCache(Cache, Serves):
         for group in self._groups.all:
             group.reset()
         self._states.reset()
-        self._seen.columns, self._seen.offset, self._evicted_before, self._broken = 0, 0, 0, None
+        self._seen.columns, self._evicted_before, self._broken = 0, 0, None
+        self._seen.offsets = self._seen.right = ()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to a file, so that `load` can go on where it is.
@@ -350,6 +351,10 @@ class KVCache(Cache, Serves):
             for group in self._groups.all:
                 group.reorder(beam_idx)
             self._states.reorder(beam_idx)
+            order = beam_idx.tolist()
+            for name in ("offsets", "right"):
+                kept = getattr(self._seen, name)
+                setattr(self._seen, name, tuple(kept[row] for row in order) if kept else kept)
 
     # What the hook asks
 
@@ -387,7 +392,9 @@ class KVCache(Cache, Serves):
             self._broken = f"{type(error).__name__}: {error}"
             raise
         self._seen.columns += step.columns
-        self._seen.batch, self._seen.offset = step.batch, step.offset
+        self._seen.batch, self._seen.offsets = step.batch, step.offsets
+        if step.columns > 1:
+            self._seen.right = step.right
         return output
 
     def _eager(self, step: Step, inputs: dict[str, Any], forward: Forward) -> Any:
@@ -433,7 +440,7 @@ class KVCache(Cache, Serves):
             return Past(0, ())
         pending = self._graph.pending if self._graph is not None and self._graph.running else 0
         seen = [n + pending for n in self._groups.all[0].ledger.core.seen]
-        return Past(self._seen.columns, seen, self._seen.offset)
+        return Past(self._seen.columns, seen, self._seen.offsets, self._seen.right)
 
     def _catch_up(self) -> None:
         """Let the host's ledger know of every step the GPU has taken."""
@@ -470,7 +477,7 @@ class KVCache(Cache, Serves):
             "spec": self._told(),
             "model": asdict(session.Fingerprint.of(self._geometry)),
             "columns": self._seen.columns,
-            **({"offset": self._seen.offset} if self._seen.offset else {}),
+            **({"offsets": list(self._seen.offsets)} if any(self._seen.offsets) else {}),
             "seen": list(self._groups.all[0].ledger.core.seen),
             "slots": [group.ledger.slots for group in self._groups.all],
             "evictions": self.evictions,
@@ -499,7 +506,7 @@ class KVCache(Cache, Serves):
         cache._states.restore(state.tensors, list(devices), rows)
         session.scatter(state, cache._groups, devices)
         cache._seen.columns, cache._seen.batch = state.description["columns"], rows
-        cache._seen.offset = int(state.description.get("offset", 0))
+        cache._seen.offsets = tuple(state.description.get("offsets", ()))
         cache._evicted_before = state.description["evictions"]
         return cache
 

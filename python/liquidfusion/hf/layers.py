@@ -25,12 +25,14 @@ from liquidfusion.state.group import Groups
 class Seen:
     """What a cache has seen, shared by its layers.
 
-    `columns`: of the model's inputs, padding included. `batch`: rows. `offset`: position of a row's first token.
+    `columns`: of the model's inputs, padding included. `batch`: rows. `offsets`: position of each row's first token.
+    `right`: whether a row's last prompt was padded on the right.
     """
 
     columns: int = 0
     batch: int = 0
-    offset: int = 0
+    offsets: tuple[int, ...] = ()
+    right: tuple[bool, ...] = ()
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]

@@ -269,6 +269,7 @@ def _check(path: str | os.PathLike[str], description: dict[str, Any]) -> None:
 
     spec, model, seen = (description.get(name) for name in ("spec", "model", "seen"))
     columns, evictions, slots = (description.get(name) for name in ("columns", "evictions", "slots"))
+    offsets = description.get("offsets", [])
     problem = None
     if not isinstance(spec, dict) or not isinstance(spec.get("strategy"), str):
         problem = f"spec={spec!r}"
@@ -280,6 +281,8 @@ def _check(path: str | os.PathLike[str], description: dict[str, Any]) -> None:
         problem = f"evictions={evictions!r}"
     elif not isinstance(seen, list) or not seen or not all(count(n) and n <= columns for n in seen):
         problem = f"seen={seen!r}"
+    elif not isinstance(offsets, list) or (offsets and len(offsets) != len(seen)) or not all(map(count, offsets)):
+        problem = f"offsets={offsets!r}"
     elif not isinstance(slots, list) or not all(count(n) and n for n in slots):
         problem = f"slots={slots!r}"
     if problem:
