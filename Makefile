@@ -128,6 +128,10 @@ test-transformers-5.17: setup $(OLD_TRANSFORMERS)/.stamp ## pytest on the oldest
 	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
 	PYTHONPATH=$(OLD_TRANSFORMERS) $(PYTEST) -m 'not smollm2' --ignore tests/test_kernels.py --ignore tests/test_trace.py $(PYTEST_ARGS)
 
+.PHONY: classes
+classes: setup ## Every language model class of transformers, small, with a KVCache (minutes); CLASSES_ARGS: names, --write
+	$(BIN)/python tests/classes/table.py $(CLASSES_ARGS)
+
 .PHONY: examples
 examples: setup ## Run every example, shortened
 	for example in examples/*.py; do echo "== $$example"; $(BIN)/python $$example --quick; done

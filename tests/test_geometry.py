@@ -43,10 +43,6 @@ def test_windows_and_softcap_are_read_per_layer() -> None:
     assert Geometry.of(tiny("llama")).windows == (0, 0)
 
 
-def _gpt_oss() -> PreTrainedModel:
-    return transformers.GptOssForCausalLM(transformers.GptOssConfig(**SMALL, head_dim=8, num_local_experts=4))
-
-
 def _bert() -> PreTrainedModel:
     return transformers.BertLMHeadModel(
         transformers.BertConfig(**{**SMALL, "num_key_value_heads": None}, is_decoder=False)
@@ -67,7 +63,6 @@ def _gemma3_both_ways() -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
-        (_gpt_oss, "GptOssForCausalLM gives its attention sinks that the model has learnt"),
         (_bert, "BertLMHeadModel attends to later tokens too"),
         (_doge, "DogeForCausalLM adds a learnt term to its attention mask"),
         (_gemma3_both_ways, "Gemma3ForCausalLM attends to later tokens too"),

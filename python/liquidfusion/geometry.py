@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain
@@ -29,22 +29,28 @@ INSTEAD = "call the model with transformers' own cache (DynamicCache) instead"
 
 
 class Kind(StrEnum):
-    """How a layer keeps what it has seen."""
+    """How a layer attends, and so what it keeps in slots."""
 
     FULL = "full"
-    """Attends to every token: slots."""
+    """To every token."""
     WINDOW = "window"
-    """Attends to its latest `window` tokens: slots."""
+    """To its latest `window` tokens."""
+    CHUNKED = "chunked"
+    """To the tokens since the last multiple of `window` tokens."""
+    NONE = "none"
+    """Not at all."""
 
 
 @dataclass(frozen=True)
 class Layer:
     """One decoder layer.
 
-    `kind`: see `Kind`. `window`: sliding window in tokens, 0 for none. `kv_heads`: key/value heads that this process
-    attends with. `key_dim`, `value_dim`: elements of a key and of a value of one head. `source`: the layer whose slots
-    it reads, its own index unless it shares another's. `rope`: prefix of its rotary frequencies where layers of several
-    kinds have their own, else None.
+    `kind`: see `Kind`. `window`: tokens of a sliding window or of a chunk, 0 for neither. `kv_heads`: key/value heads
+    that this process attends with. `key_dim`, `value_dim`: elements of a key and of a value of one head. `source`: the
+    layer whose slots it reads, its own index unless it shares another's. `latent`: where all heads share one latent per
+    token (multi-head latent attention), its elements: keys are that and the rotary key, values the latent. `state`:
+    whether it keeps a recurrent or convolution state, in a cache layer of transformers' own. `rope`: prefix of its
+    rotary frequencies where layers of several kinds have their own, else None.
     """
 
     kind: Kind
@@ -53,6 +59,8 @@ class Layer:
     key_dim: int
     value_dim: int
     source: int
+    latent: int = 0
+    state: bool = False
     rope: str | None = None
 
 
@@ -87,7 +95,7 @@ class Geometry:
                 f"model is a {type(model).__name__}; a transformers causal language model is accepted"
             )
         config = decoder_config(model)
-        modules = attention_modules(model, config)
+        modules = Modules.of(model, config)
         _check(model, config, modules)
         return cls(
             architecture=type(model).__name__,
@@ -107,7 +115,24 @@ class Geometry:
     @property
     def attention_layers(self) -> tuple[int, ...]:
         """Indices of the layers that keep keys and values of their own in slots."""
-        return tuple(i for i, layer in enumerate(self.layers) if layer.source == i)
+        return tuple(i for i, layer in enumerate(self.layers) if layer.kind != Kind.NONE and layer.source == i)
+
+    @property
+    def plain(self) -> bool:
+        """Whether every layer attends to slots of its own, in a window or not, and keeps nothing else."""
+        return all(
+            layer.kind in (Kind.FULL, Kind.WINDOW) and layer.source == i and not layer.state and not layer.latent
+            for i, layer in enumerate(self.layers)
+        )
+
+    @property
+    def readers(self) -> Mapping[int, tuple[int, ...]]:
+        """Layers that read another's slots, by that layer."""
+        shared: dict[int, list[int]] = {}
+        for i, layer in enumerate(self.layers):
+            if layer.kind != Kind.NONE and layer.source != i:
+                shared.setdefault(layer.source, []).append(i)
+        return {source: tuple(readers) for source, readers in shared.items()}
 
 
 def decoder_config(model: PreTrainedModel) -> Any:
@@ -119,7 +144,7 @@ def attention_configs(model: PreTrainedModel) -> list[Any]:
     """Configurations that the decoder's attention layers read: one object as a rule, more in models put together."""
     config = decoder_config(model)
     found = {id(config): config}
-    for module in attention_modules(model, config).values():
+    for module in Modules.of(model, config):
         own = getattr(module, "config", config)
         found[id(own)] = own
     return list(found.values())
@@ -127,32 +152,68 @@ def attention_configs(model: PreTrainedModel) -> list[Any]:
 
 def layer_devices(model: PreTrainedModel) -> list[torch.device]:
     """Where each layer's weights are now, and so its slots; the model's own device where that is unknown."""
-    devices = [model.device] * int(decoder_config(model).num_hidden_layers)
+    config = decoder_config(model)
+    devices = [model.device] * Modules.of(model, config).count
     for module in model.modules():
         # Quantised layers may keep everything in buffers.
         weight = next(chain(module.parameters(), module.buffers()), None)
         index = getattr(module, "layer_idx", None)
-        if index is not None and weight is not None and weight.device.type != "meta":
+        known = isinstance(index, int) and 0 <= index < len(devices) and _is_decoder(module, config)
+        if known and weight is not None and weight.device.type != "meta":
             devices[index] = weight.device
     return devices
 
 
-def attention_modules(model: PreTrainedModel, config: Any) -> dict[int, nn.Module]:
-    """The decoder's modules that attend through transformers' interface, by the index of their layer."""
-    found: dict[int, nn.Module] = {}
-    for module in model.modules():
-        index = getattr(module, "layer_idx", None)
-        # Encoders of images and sound number their layers too, and have configurations of their own.
-        if isinstance(index, int) and interface_names(module) and _is_decoder(module, config):
-            found.setdefault(index, module)
-    return found
+@dataclass(frozen=True)
+class Modules:
+    """The decoder's modules.
+
+    `attention`: those that attend through transformers' interface, by the index of their layer. `anywhere`: those that
+    do for more than one layer. `count`: of layers.
+    """
+
+    attention: Mapping[int, nn.Module]
+    anywhere: Sequence[nn.Module]
+    count: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, config: Any) -> Modules:
+        """Find them; encoders of images and sound number their layers too, and have configurations of their own."""
+        attention: dict[int, nn.Module] = {}
+        anywhere: list[nn.Module] = []
+        last = -1
+        for module in model.modules():
+            index = getattr(module, "layer_idx", None)
+            numbered = isinstance(index, int) and index >= 0
+            if not (numbered or interface_names(module)) or not _is_decoder(module, config):
+                continue
+            if numbered:
+                last = max(last, index)
+            if interface_names(module):
+                if numbered:
+                    attention.setdefault(index, module)
+                else:
+                    anywhere.append(module)
+        told = int(getattr(config, "num_hidden_layers", 0) or 0)
+        repeats = any("cache_offset" in interface_names(module) for module in attention.values())
+        types = getattr(config, "layer_types", None)
+        return cls(attention, anywhere, len(types) if types else told if repeats or last < 0 else last + 1)
+
+    def __bool__(self) -> bool:
+        return bool(self.attention or self.anywhere)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return chain(self.attention.values(), self.anywhere)
+
+    def __getitem__(self, layer: int) -> nn.Module:
+        """The module that attends in a layer."""
+        return self.attention[layer] if layer in self.attention else next(iter(self))
 
 
 def interface_names(module: nn.Module) -> frozenset[str]:
-    """Names that a module's code mentions if it attends through transformers' interface, none if it does not.
+    """Arguments of a module's code that attends through transformers' interface, and keywords it passes; else none.
 
-    Among them are the keywords it passes to the attention function. Read from the compiled code: what a class is
-    called or claims proves nothing.
+    Read from the compiled code: what a class is called or claims proves nothing.
     """
     kind: Any = type(module)
     return _class_names(kind)
@@ -172,7 +233,7 @@ def _class_names(kind: type) -> frozenset[str]:
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
+    yield from code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     for constant in code.co_consts:
         if isinstance(constant, str):
             yield constant
@@ -180,31 +241,46 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from (name for name in constant if isinstance(name, str))
 
 
+def is_latent(module: nn.Module) -> bool:
+    """Whether a module hands a latent and a rotary key to its cache, which all its heads share."""
+    names = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_b_proj")
+    return all(getattr(module, name, None) is not None for name in names)
+
+
 def _is_decoder(module: nn.Module, config: Any) -> bool:
     return isinstance(getattr(module, "config", config), type(config))
 
 
-# Keywords of transformers' attention interface that change what attention is, and what each of them does.
-_FOREIGN = {
-    "s_aux": "gives its attention sinks that the model has learnt (s_aux)",
-    "sinks": "gives its attention sinks that the model has learnt (sinks)",
+FOREIGN = {
     "position_bias": "adds a learnt bias to its attention by relative position (position_bias)",
     "indices": "attends to tokens that an index of its own picks (indices)",
     "block_indices": "attends to blocks that an index of its own picks (block_indices)",
+    "sinks": "gives its attention sinks in a way of its own (sinks)",
 }
+"""Keywords of transformers' attention interface that change what attention is, and what each of them does."""
 
 # What the code of a model does beyond its configuration and its modules, by the configuration's model_type.
 _WAYS_OF_THEIR_OWN = {
     "doge": "adds a learnt term to its attention mask that depends on every stored value",
     "diffllama": "attends twice per layer, to two halves of the values",
-    "moshi": "hands its window to attention as a mask only",
     "mllama_text_model": "has cross-attention layers that attend to an image",
 }
 
-_KINDS = {"full_attention": Kind.FULL, "sliding_attention": Kind.WINDOW}
+_KINDS = {
+    "full_attention": (Kind.FULL, False),
+    "sliding_attention": (Kind.WINDOW, False),
+    "chunked_attention": (Kind.CHUNKED, False),
+    "linear_attention": (Kind.NONE, True),
+    "conv": (Kind.NONE, True),
+    "hybrid": (Kind.FULL, True),
+    "hybrid_sliding": (Kind.WINDOW, True),
+    "moe": (Kind.NONE, False),
+    "mlp": (Kind.NONE, False),
+}
+"""Whether and how a layer of each of transformers' types attends, and whether it keeps a state."""
 
 
-def _check(model: PreTrainedModel, config: Any, modules: dict[int, nn.Module]) -> None:
+def _check(model: PreTrainedModel, config: Any, modules: Modules) -> None:
     """Refuse what cannot be served, the plainest reason first."""
     name, own = type(model).__name__, getattr(config, "model_type", "")
 
@@ -225,55 +301,55 @@ def _check(model: PreTrainedModel, config: Any, modules: dict[int, nn.Module]) -
             "computes attention in code of its own and not through transformers' attention interface "
             f"({INTERFACE}), so its keys and probabilities cannot be reached"
         )
-    if getattr(config, "kv_lora_rank", None):
-        raise refuse(
-            "uses multi-head latent attention (MLA): it expands the keys of all heads from one latent per token, which "
-            "slots cannot hold"
-        )
     types = set(getattr(config, "layer_types", None) or ())
     if other := sorted(types - set(_KINDS)):
-        raise refuse(f"has layers of type {other}, and slots hold the keys of {sorted(_KINDS)}")
+        raise refuse(f"has layers of type {other}, which attend in ways that a KVCache does not know")
     if own in _WAYS_OF_THEIR_OWN:
         raise refuse(_WAYS_OF_THEIR_OWN[own])
-    for module in modules.values():
-        if foreign := sorted(set(_FOREIGN) & interface_names(module)):
-            raise refuse(_FOREIGN[foreign[0]])
-        if not getattr(module, "is_causal", True):
-            raise refuse(f"attends to later tokens too ({type(module).__name__}.is_causal is False)")
-    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", None) in (True, "all"):
-        raise refuse("attends to later tokens too (its configuration asks for bidirectional attention)")
-    if any(getattr(module, "is_kv_shared_layer", False) for module in modules.values()):
-        raise refuse("has layers that read the keys of an earlier layer")
-    if len({_kv_heads(module, config, 1) for module in modules.values()}) > 1:
-        raise refuse("has another number of key/value heads in some layers than in others")
+    for module in modules:
+        if foreign := sorted(set(FOREIGN) & interface_names(module)):
+            raise refuse(FOREIGN[foreign[0]])
+        # A decoder's module may say so and still be given causal masks; around images, masks tell in each call.
+        causal = getattr(module, "is_causal", True) or getattr(module, "is_decoder", False)
+        if config is model.config and not (causal and getattr(config, "is_causal", True)):
+            raise refuse(f"attends to later tokens too ({type(module).__name__} is not causal)")
     if getattr(config, "alibi", False):
         raise refuse("adds ALiBi's bias to its attention")
-    if not getattr(model, "_supports_attention_backend", False):
-        raise refuse("does not say that other attention functions may serve it (_supports_attention_backend)")
-    missing = sorted(set(range(int(config.num_hidden_layers))) - set(modules))
-    if missing:
-        raise refuse(f"has layers that do not attend through transformers' attention interface ({missing})")
 
 
-def _layers(model: PreTrainedModel, config: Any, modules: dict[int, nn.Module]) -> tuple[Layer, ...]:
+def _layers(model: PreTrainedModel, config: Any, modules: Modules) -> tuple[Layer, ...]:
     processes = getattr(model, "_tp_size", None) or 1
-    window = getattr(config, "sliding_window", None) or 0
-    types = getattr(config, "layer_types", None)
+    window = int(getattr(config, "sliding_window", None) or 0)
+    chunk = int(getattr(config, "attention_chunk_size", None) or 0)
     rope = getattr(_rotary(model), "rope_type", None)
-    layers = []
-    for index in range(int(config.num_hidden_layers)):
-        module = modules[index]
-        slides = types is None or types[index] == "sliding_attention"
-        width = _key_dim(module, config)
+    told = getattr(config, "layer_types", None)
+    untold = "sliding_attention" if window else "chunked_attention" if chunk else "full_attention"
+    types = list(told or [untold] * modules.count)
+    layers: list[Layer] = []
+    for index, name in enumerate(types):
+        kind, state = _KINDS[name]
+        if kind == Kind.NONE:
+            layers.append(Layer(kind, 0, 0, 0, 0, index, state=state))
+            continue
+        wide = {Kind.WINDOW: window, Kind.CHUNKED: chunk}.get(kind, 0)
+        module, source = modules[index], index
+        if getattr(module, "is_kv_shared_layer", False):
+            own = [i for i in range(index) if types[i] == name and layers[i].source == i]
+            source = own[-1]
+            module = modules[source]
+        latent = int(module.kv_lora_rank) if is_latent(module) else 0  # type: ignore[arg-type]
+        width = latent + int(module.qk_rope_head_dim) if latent else _key_dim(module, config)  # type: ignore[arg-type]
         layers.append(
             Layer(
-                kind=Kind.WINDOW if window and slides else Kind.FULL,
-                window=window if slides else 0,
-                kv_heads=_kv_heads(module, config, processes),
+                kind=kind if wide else Kind.FULL,
+                window=wide,
+                kv_heads=1 if latent else _kv_heads(module, config, processes),
                 key_dim=width,
-                value_dim=int(getattr(module, "v_head_dim", 0) or width),
-                source=index,
-                rope=types[index] if types and isinstance(rope, dict) else None,
+                value_dim=latent or int(getattr(module, "v_head_dim", 0) or width),
+                source=source,
+                latent=latent,
+                state=state,
+                rope=name if told and isinstance(rope, dict) else None,
             )
         )
     return tuple(layers)
@@ -284,7 +360,8 @@ def _rotary(model: PreTrainedModel) -> nn.Module | None:
 
 
 def _kv_heads(module: nn.Module, config: Any, processes: int) -> int:
-    heads = int(config.num_attention_heads)
+    own = getattr(module, "num_attention_heads", None) or getattr(module, "num_heads", None)
+    heads = int(own if isinstance(own, int) else config.num_attention_heads)
     groups = getattr(module, "num_key_value_groups", None)
     if groups is None:
         return int(getattr(config, "num_key_value_heads", None) or heads) // processes

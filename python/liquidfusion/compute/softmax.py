@@ -21,16 +21,19 @@ class How:
 
     `scale`: factor on the products of queries and keys. `window`: sliding window in tokens, 0 for none. `softcap`:
     bound of the logits, 0 for none. `sinks`: learned attention sinks `[heads]`, one more logit in each head's
-    denominator.
+    denominator. `chunked`: whether the window is a chunk, which ends at each multiple of its length. `own`: bool
+    `[batch, queries, columns]`, which of the call's own columns each query sees where that is not causal, else None.
     """
 
     scale: float
     window: int = 0
     softcap: float = 0.0
     sinks: Tensor | None = None
+    chunked: bool = False
+    own: Tensor | None = None
 
 
-def visible(query_positions: Tensor, key_positions: Tensor, window: int) -> Tensor:
+def visible(query_positions: Tensor, key_positions: Tensor, window: int, chunked: bool = False) -> Tensor:
     """Which key each query may see.
 
     Parameters
@@ -41,6 +44,8 @@ def visible(query_positions: Tensor, key_positions: Tensor, window: int) -> Tens
         `[batch, kv_heads, keys]`, -1 for an empty slot or padding; 1 for `kv_heads` where all see the same.
     window : int
         Sliding window in tokens, 0 for none.
+    chunked : bool
+        The window ends at each multiple of its length instead of sliding.
 
     Returns
     -------
@@ -50,7 +55,7 @@ def visible(query_positions: Tensor, key_positions: Tensor, window: int) -> Tens
     q, k = query_positions[:, None, :, None], key_positions[:, :, None, :]
     mask = (k >= 0) & (k <= q)
     if window:
-        mask &= k > q - window
+        mask &= k >= q // window * window if chunked else k > q - window
     return mask[:, :, None]
 
 

@@ -20,7 +20,7 @@ from liquidfusion.exceptions import CacheError, ConfigError, UnsupportedError
 from liquidfusion.geometry import Geometry, attention_configs, layer_devices
 from liquidfusion.hf.formats import fit, layer_formats, layer_spec
 from liquidfusion.hf.hook import Forward, Serves, install, switched
-from liquidfusion.hf.layers import Seen, SlotLayer
+from liquidfusion.hf.layers import Seen, States, cache_layers
 from liquidfusion.options import SHORT, Run, Strategy, chosen, resolve
 from liquidfusion.precision import Bits, bytes_of
 from liquidfusion.run.backend import attending
@@ -141,9 +141,13 @@ class KVCache(Cache, Serves):
         self._relative_from = 0 if positions == "cache" else known
         self._model = weakref.ref(model)
         self._seen = Seen()
-        specs = [layer_spec(self.spec, window) for window in geometry.windows]
-        self._groups = Groups(specs, formats, threads)
-        super().__init__(layers=[SlotLayer(i, self._groups, self._seen) for i in range(len(geometry.layers))])
+        kept = {
+            i: (layer_spec(self.spec, geometry.layers[i].window), geometry.layers[i].kv_heads)
+            for i in geometry.attention_layers
+        }
+        self._groups = Groups(kept, formats, threads)
+        super().__init__(layers=cache_layers(model, geometry, self._groups, self._seen))
+        self._states = States(self.layers)
         self._graph: Graph | None = None
         self.evicting = True
         """False: GPU decode steps reuse slots in turn, to measure what eviction costs; set before the first step."""
@@ -170,7 +174,7 @@ class KVCache(Cache, Serves):
     @property
     def nbytes(self) -> int:
         """Bytes that the slots, their positions and scores, and the reuse queues hold; 0 before the first call."""
-        return sum(group.nbytes for group in self._groups.all)
+        return sum(group.nbytes for group in self._groups.all) + self._states.nbytes
 
     def positions(self, layer: int) -> Tensor:
         """Which tokens a layer keeps.
@@ -231,7 +235,9 @@ class KVCache(Cache, Serves):
             self._graph.abandon()
         for group in self._groups.all:
             group.reset()
+        self._states.reset()
         self._seen.columns, self._evicted_before, self._broken = 0, 0, None
+        self._seen.offsets = self._seen.right = ()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to a file, so that `load` can go on where it is.
@@ -290,7 +296,7 @@ class KVCache(Cache, Serves):
         if not self._seen.columns and self._broken is None:
             return self._like(self._told(), self.model, options)
         state = self._state()
-        return self._from_state(state, self.model, [self._groups.device(layer) for layer in range(len(self))], options)
+        return self._from_state(state, self.model, layer_devices(self.model), options)
 
     def __copy__(self) -> Self:
         return self.copy()  # two caches cannot share slots
@@ -341,8 +347,14 @@ class KVCache(Cache, Serves):
             There are no such rows; nothing was changed.
         """
         self._catch_up()
-        for group in self._groups.all if self._seen.columns else ():
-            group.reorder(beam_idx)
+        if self._seen.columns:
+            for group in self._groups.all:
+                group.reorder(beam_idx)
+            self._states.reorder(beam_idx)
+            order = beam_idx.tolist()
+            for name in ("offsets", "right"):
+                kept = getattr(self._seen, name)
+                setattr(self._seen, name, tuple(kept[row] for row in order) if kept else kept)
 
     # What the hook asks
 
@@ -365,7 +377,10 @@ class KVCache(Cache, Serves):
         """
         if self._broken is not None:
             raise CacheError(f"an earlier call failed half-way ({self._broken}); call reset() or build a new KVCache")
+        refuse_training(inputs, self.model)
         step = Step.of(inputs, self._past())
+        if not self._seen.columns:
+            self._states.expect(step.batch)
         graph = self._graph_for(step)
         try:
             with switched(self._configs):
@@ -377,7 +392,9 @@ class KVCache(Cache, Serves):
             self._broken = f"{type(error).__name__}: {error}"
             raise
         self._seen.columns += step.columns
-        self._seen.batch = step.batch
+        self._seen.batch, self._seen.offsets = step.batch, step.offsets
+        if step.columns > 1:
+            self._seen.right = step.right
         return output
 
     def _eager(self, step: Step, inputs: dict[str, Any], forward: Forward) -> Any:
@@ -385,7 +402,7 @@ class KVCache(Cache, Serves):
         backend = Eager(
             self._groups,
             step,
-            list(self._geometry.windows),
+            self._geometry,
             self._rotary,
             self._relative_from,
             self._run.threads,
@@ -397,12 +414,14 @@ class KVCache(Cache, Serves):
             inputs = inputs | {"position_ids": zeros}
         with attending(backend), torch.compiler.set_stance("force_eager"):
             output = forward(**inputs)
-        backend.close(len(self._geometry.attention_layers))
+        backend.close()
         return output
 
     def _graph_for(self, step: Step) -> Graph | None:
         """What replays this call on the GPU: one real token per row, layers alike and on one device."""
         if not self._seen.columns or not step.decodes or len(self._groups.all) > 1 or self._rotary is not None:
+            return None
+        if not self._geometry.plain:
             return None
         group = self._groups.all[0]
         if not group.spec.bounded:
@@ -420,7 +439,8 @@ class KVCache(Cache, Serves):
         if not self._seen.columns:
             return Past(0, ())
         pending = self._graph.pending if self._graph is not None and self._graph.running else 0
-        return Past(self._seen.columns, [n + pending for n in self._groups.all[0].ledger.core.seen])
+        seen = [n + pending for n in self._groups.all[0].ledger.core.seen]
+        return Past(self._seen.columns, seen, self._seen.offsets, self._seen.right)
 
     def _catch_up(self) -> None:
         """Let the host's ledger know of every step the GPU has taken."""
@@ -432,6 +452,8 @@ class KVCache(Cache, Serves):
         if not self._seen.columns:
             raise CacheError("the cache has not been used yet")
         self._catch_up()
+        if layer not in self._groups.places:
+            raise CacheError(f"layer {layer} has no slots of its own; {list(self._groups.places)} have")
         return self._groups[layer]
 
     # Saving and copying
@@ -445,8 +467,9 @@ class KVCache(Cache, Serves):
     def _state(self) -> session.State:
         if self._broken is not None:
             raise CacheError(f"an earlier call failed half-way ({self._broken}); its state cannot be kept")
-        self._used(0)
-        slots = self._groups[0][0].slots[0]
+        first = next(iter(self._groups.places))
+        group, index = self._used(first)
+        slots = group.slots[index]
         assert slots is not None
         made = {"made": str(slots.keys.made).removeprefix("torch."), "held": self._groups.held}
         description = {
@@ -454,11 +477,12 @@ class KVCache(Cache, Serves):
             "spec": self._told(),
             "model": asdict(session.Fingerprint.of(self._geometry)),
             "columns": self._seen.columns,
+            **({"offsets": list(self._seen.offsets)} if any(self._seen.offsets) else {}),
             "seen": list(self._groups.all[0].ledger.core.seen),
             "slots": [group.ledger.slots for group in self._groups.all],
             "evictions": self.evictions,
         }
-        return session.State(description, session.gather(self._groups))
+        return session.State(description, session.gather(self._groups) | self._states.tensors())
 
     @classmethod
     def _like(cls, told: Mapping[str, Any], model: PreTrainedModel, options: Mapping[str, Any]) -> Self:
@@ -478,7 +502,27 @@ class KVCache(Cache, Serves):
         held = state.description.get("held")
         if cache._bits is not None and held != cache._groups.held:
             raise CacheError(f"the session holds its layers in {held}, this model's are {cache._groups.held}")
+        rows = len(state.description["seen"])
+        cache._states.restore(state.tensors, list(devices), rows)
         session.scatter(state, cache._groups, devices)
-        cache._seen.columns, cache._seen.batch = state.description["columns"], len(state.description["seen"])
+        cache._seen.columns, cache._seen.batch = state.description["columns"], rows
+        cache._seen.offsets = tuple(state.description.get("offsets", ()))
         cache._evicted_before = state.description["evictions"]
         return cache
+
+
+def refuse_training(inputs: Mapping[str, Any], model: PreTrainedModel) -> None:
+    """Refuse a call that asks for a loss to learn from, before any work.
+
+    Raises
+    ------
+    UnsupportedError
+        Gradients would flow through the cache, and stored tokens have none.
+    """
+    if inputs.get("labels") is None or not torch.is_grad_enabled():
+        return
+    if any(weight.requires_grad for weight in model.parameters()):
+        raise UnsupportedError(
+            "the call has labels and gradients are on: they do not flow through a KVCache; train without a cache "
+            "(use_cache=False), or compute the loss inside torch.no_grad()"
+        )

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from liquidfusion import _core
 from liquidfusion.compute.codes import Coding
 from liquidfusion.compute.rotary import Rotary
+from liquidfusion.exceptions import UnsupportedError
 from liquidfusion.geometry import Geometry, Layer
 from liquidfusion.hf.probe import COSTLY, probe
 from liquidfusion.options import Strategy
@@ -47,10 +48,15 @@ def layer_formats(model: PreTrainedModel, geometry: Geometry, bits: Bits | None,
     Warns once per model where `probe` finds that the bits cost more than 3 % of perplexity.
     """
     if bits is None:
-        return [Format()] * len(geometry.layers)
+        return [Format(front=layer.latent) for layer in geometry.layers]
     half = torch.float16 if geometry.dtype == "float16" else torch.bfloat16
     if not bits.coded:
-        return [Format(half, half)] * len(geometry.layers)
+        return [Format(half, half, layer.latent) for layer in geometry.layers]
+    if any(layer.latent for layer in geometry.layers):
+        raise UnsupportedError(
+            f"bits={bits.given!r}: {geometry.architecture} keeps a latent that all heads share, which is not coded; 16 "
+            "is accepted"
+        )
     found = probe(model, geometry, bits, rotary)
     if found.cost > COSTLY and model not in _warned:
         _warned.add(model)
@@ -62,6 +68,9 @@ def layer_formats(model: PreTrainedModel, geometry: Geometry, bits: Bits | None,
         )
     formats = []
     for index, layer in enumerate(geometry.layers):
+        if index not in geometry.attention_layers:
+            formats.append(Format())  # it has no slots
+            continue
         own = found.bits(index)
         keys = half if own.keys == 16 else Coding(own.keys, layer.key_dim, found.layers[index].mu)
         formats.append(Format(keys, half if own.values == 16 else Coding(own.values, layer.value_dim)))
@@ -76,8 +85,9 @@ def slot_bytes(layer: Layer, held: Format, spec: _core.Spec, element: int) -> in
             return how.nbytes
         return head_dim * (element if how is None else how.itemsize)
 
+    values = 0 if held.front else side(held.values, layer.value_dim)
     beside = POSITION_BYTES + QUEUE_BYTES + (SCORE_BYTES if spec.scored else 0)
-    return layer.kv_heads * (side(held.keys, layer.key_dim) + side(held.values, layer.value_dim) + beside)
+    return layer.kv_heads * (side(held.keys, layer.key_dim) + values + beside)
 
 
 def fit(strategy: Strategy, memory: int | str, geometry: Geometry, formats: Sequence[Format]) -> _core.Spec:
@@ -93,7 +103,8 @@ def fit(strategy: Strategy, memory: int | str, geometry: Geometry, formats: Sequ
     def nbytes(budget: int) -> int:
         own = strategy.spec(budget)
         total = 0
-        for layer, held in zip(geometry.layers, formats, strict=True):
+        for index in geometry.attention_layers:
+            layer, held = geometry.layers[index], formats[index]
             spec = layer_spec(own, layer.window)
             total += (spec.budget or 0) * slot_bytes(layer, held, spec, element)
         return total * geometry.processes

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 
-from liquidfusion.exceptions import UnsupportedError
+from liquidfusion.exceptions import CacheError, UnsupportedError
+from liquidfusion.geometry import Geometry, Kind
 from liquidfusion.run.backend import running
 from liquidfusion.state.group import Groups
 
 
 @dataclass
 class Seen:
-    """Columns of a model's inputs that a cache has seen, padding included, and its batch rows; shared by its layers."""
+    """What a cache has seen, shared by its layers.
+
+    `columns`: of the model's inputs, padding included. `batch`: rows. `offsets`: position of each row's first token.
+    `right`: whether a row's last prompt was padded on the right.
+    """
 
     columns: int = 0
     batch: int = 0
+    offsets: tuple[int, ...] = ()
+    right: tuple[bool, ...] = ()
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One attention layer of a KVCache.
+    """One layer of a KVCache; one that has no slots of its own knows what was seen, and no more.
 
     Parameters
     ----------
@@ -56,16 +70,19 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
         """Keys of the slots, `[batch, kv_heads, slots, head_dim]`; None before the first call."""
-        group, index = self._groups[self._index]
-        slots = group.slots[index]
-        return None if slots is None else slots.read()[0]
+        return self._read()[0]
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
         """Values of the slots, likewise."""
+        return self._read()[1]
+
+    def _read(self) -> tuple[Tensor | None, Tensor | None]:
+        if self._index not in self._groups.places:
+            return None, None
         group, index = self._groups[self._index]
         slots = group.slots[index]
-        return None if slots is None else slots.read()[1]
+        return (None, None) if slots is None else slots.read()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: slots are made when the first tokens come."""
@@ -78,7 +95,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         CacheError
             The model was not called itself (a submodule was called, or the cache was uninstalled).
         """
-        running().take(self._index)
+        running().hand(self._index, key_states, value_states)
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -113,3 +130,135 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Refuse: buffers never change shape."""
         shown = indices.tolist() if isinstance(indices, Tensor) else indices
         raise UnsupportedError(f"batch_select_indices({shown}): a KVCache keeps its batch size")
+
+
+class StateSlotLayer(LinearAttentionLayer, SlotLayer):  # type: ignore[misc]
+    """One layer that attends and keeps a recurrent or convolution state as well: the state is transformers' own.
+
+    Parameters
+    ----------
+    states : int
+        States of each kind that it keeps.
+    index, groups, seen
+        As for `SlotLayer`.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, states: int, index: int, groups: Groups, seen: Seen) -> None:
+        LinearAttentionLayer.__init__(self, number_of_states=states)
+        SlotLayer.__init__(self, index, groups, seen)
+
+    def activate_past_recording(self) -> NoReturn:
+        """Refuse assisted decoding, as layers without a state do."""
+        SlotLayer.activate_past_recording(self)
+
+    def crop(self, tokens_to_remove: int) -> NoReturn:
+        """Refuse, likewise."""
+        SlotLayer.crop(self, tokens_to_remove)
+
+    def get_max_length(self) -> int:
+        """-1: any number of tokens may be fed."""
+        return -1
+
+
+class StateLayer(LinearAttentionLayer):
+    """One layer that keeps a state and does not attend: transformers' own, which cannot be rolled back here either."""
+
+    is_compileable = False
+    is_croppable = False
+
+    def activate_past_recording(self) -> NoReturn:
+        """Refuse assisted decoding: the layers that attend cannot be rolled back."""
+        raise UnsupportedError(
+            "assisted decoding rolls the cache back, and evicted tokens cannot return: use another cache"
+        )
+
+
+def cache_layers(model: PreTrainedModel, geometry: Geometry, groups: Groups, seen: Seen) -> list[Any]:
+    """What a cache of the model keeps for each layer: slots, a state of transformers' own, or both.
+
+    Raises
+    ------
+    UnsupportedError
+        A layer keeps a state in a way of its own.
+    """
+    theirs = DynamicCache(config=model.config).layers if any(layer.state for layer in geometry.layers) else []
+    layers: list[Any] = []
+    for index, layer in enumerate(geometry.layers):
+        if not layer.state:
+            layers.append(SlotLayer(index, groups, seen))
+            continue
+        kind = type(theirs[index]).update_conv_state
+        if kind is not LinearAttentionLayer.update_conv_state:
+            raise UnsupportedError(
+                f"{geometry.architecture} keeps the state of layer {index} in a {type(theirs[index]).__name__} of its "
+                "own, which a KVCache does not know; call the model with transformers' own cache (DynamicCache) instead"
+            )
+        states = theirs[index].number_of_states
+        attends = layer.kind != Kind.NONE
+        layers.append(StateSlotLayer(states, index, groups, seen) if attends else StateLayer(number_of_states=states))
+    return layers
+
+
+class States:
+    """The recurrent and convolution states of a cache's layers.
+
+    Parameters
+    ----------
+    layers : iterable
+        All layers of the cache.
+    """
+
+    def __init__(self, layers: Iterable[Any]) -> None:
+        self._layers = {i: x for i, x in enumerate(layers) if isinstance(x, LinearAttentionCacheLayerMixin)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that exist, by name: `conv.<layer>.<number>` and `recurrent.<layer>.<number>`, batch rows first."""
+        return {
+            f"{kind}.{index}.{number}": state
+            for index, layer in self._layers.items()
+            for kind, states in (("conv", layer.conv_states), ("recurrent", layer.recurrent_states))
+            for number, state in states.items()
+            if state is not None
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(state.nbytes for state in self.tensors().values())
+
+    def reset(self) -> None:
+        """Make every layer as new; memory is kept, where graphs may point."""
+        for layer in self._layers.values():
+            LinearAttentionLayer.reset(layer)
+
+    def expect(self, rows: int) -> None:
+        """Forget memory that was made for another number of batch rows, before a prompt."""
+        if any(state.shape[0] != rows for state in self.tensors().values()):
+            for layer in self._layers.values():
+                LinearAttentionLayer.__init__(layer, number_of_states=layer.number_of_states)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Replace batch row `i` by row `rows[i]`, in place."""
+        for state in self.tensors().values():
+            state.copy_(state.index_select(0, rows.to(state.device)))
+
+    def restore(self, tensors: dict[str, Tensor], devices: list[torch.device], rows: int) -> None:
+        """Take over the states of another cache, and remove them from `tensors`.
+
+        Raises
+        ------
+        CacheError
+            One is for another number of batch rows or of another kind of layer.
+        """
+        for name in [name for name in tensors if name.startswith(("conv.", "recurrent."))]:
+            kind, layer, number = name.split(".")
+            state = tensors.pop(name)
+            own = self._layers.get(int(layer))
+            if own is None or int(number) >= own.number_of_states or not state.dim() or state.shape[0] != rows:
+                raise CacheError(f"{name} {list(state.shape)} is no state of this model with {rows} rows")
+            update = own.update_conv_state if kind == "conv" else own.update_recurrent_state
+            with torch.inference_mode(False):
+                update(state.to(devices[int(layer)]), int(number))

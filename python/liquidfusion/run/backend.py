@@ -17,14 +17,28 @@ from liquidfusion.exceptions import CacheError
 class Backend(ABC):
     """Attends layer by layer, each after it has handed over its keys and values.
 
-    `attended`: layers that have attended in the running call.
+    `attended`: layers that have attended in the running call. `reads`: layers that have no keys of their own and read
+    another's. `windows`: those that the model's masks have asked for in the call, each in tokens and whether it is a
+    chunk. `masks`: those handed to the model, which come back with the attention of its layers. `handed`: what the
+    layer that attends next has handed to its cache.
     """
 
     attended: int = 0
+    reads: frozenset[int] = frozenset()
+
+    def __init__(self) -> None:
+        self.windows: set[tuple[int, bool]] = set()
+        self.masks: list[Tensor] = []
+        self.handed: tuple[Tensor, Tensor] | None = None
 
     @abstractmethod
     def take(self, layer: int) -> None:
         """Note which layer attends next."""
+
+    def hand(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Note it with what it has handed to its cache: keys and values, or a latent and a rotary key."""
+        self.handed = key, value
+        self.take(layer)
 
     @abstractmethod
     def attend(self, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -12,11 +13,27 @@ from liquidfusion.compute.looks import Block, Rule
 from liquidfusion.compute.rotary import Rotary, query_ranks, ranks
 from liquidfusion.compute.softmax import How
 from liquidfusion.exceptions import CacheError, UnsupportedError
+from liquidfusion.geometry import Geometry, Kind
 from liquidfusion.run.backend import Backend
 from liquidfusion.run.step import On, Step
 from liquidfusion.state.group import Chunk, Group, Groups
 from liquidfusion.state.ledger import Scores
 from liquidfusion.state.slots import Slots
+
+
+@dataclass
+class Held:
+    """A chunk that is not decided yet, since other layers read it too: `waiting` of them."""
+
+    key: Tensor
+    value: Tensor
+    scores: Tensor | None
+    waiting: set[int]
+
+    @property
+    def kept(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What is decided about."""
+        return self.key, self.value, self.scores
 
 
 class Eager(Backend):
@@ -28,8 +45,8 @@ class Eager(Backend):
         What is stored.
     step : Step
         What the call brings.
-    windows : list of int
-        Sliding window of each layer by the model's configuration, 0 for none.
+    geometry : Geometry
+        What the model's layers look like.
     rotary : Rotary or None
         Gives positions relative to the cache.
     relative_from : int
@@ -42,15 +59,18 @@ class Eager(Backend):
         self,
         groups: Groups,
         step: Step,
-        windows: list[int],
+        geometry: Geometry,
         rotary: Rotary | None,
         relative_from: int,
         threads: int | None,
     ) -> None:
+        super().__init__()
         self.attended = 0
-        self._groups, self._step, self._windows = groups, step, windows
+        self._groups, self._step, self._geometry = groups, step, geometry
         self._rotary, self._relative_from, self._threads = rotary, relative_from, threads
+        self.reads = frozenset(reader for readers in geometry.readers.values() for reader in readers)
         self._layer: int | None = None
+        self._held: dict[int, Held] = {}
         self._written: dict[Group, Tensor] = {}
         # On a GPU a chunk is decided when the next layer attends, so that the device need not wait for the host: it
         # multiplies on meanwhile. Until then the chunk's keys and values stay, so two layers' exist for a moment.
@@ -66,14 +86,11 @@ class Eager(Backend):
         if self._layer is None:
             raise CacheError("attention ran for a layer that did not hand its keys and values to the cache")
         number, self._layer = self._layer, None
+        how = self._how(number, how)
+        if number in self.reads:
+            return self._read(number, query, how)
         self._settle()
-        key, value = key.detach(), value.detach()
         group, index = self._groups[number]
-        if group.spec.strategy == "local" and self._windows[number] not in (0, how.window):
-            raise UnsupportedError(
-                f"layer {number} attends to a window of {how.window} tokens (0: none), the model's configuration says "
-                f"{self._windows[number]}"
-            )
         self._begin(group, key)
         slots, scores = group.layer(index, key, value)
         slots.check(number, key)
@@ -83,22 +100,55 @@ class Eager(Backend):
             return self._decode(number, group, slots, scores, query, how)
         return self._chunk(number, query, key, value, how)
 
-    def close(self, layers: int) -> None:
+    def close(self) -> None:
         """End the call: every layer, row and head gets its next victims.
 
         Raises
         ------
         UnsupportedError
-            Some of the model's `layers` attention layers did not attend here.
+            Some of the model's attention layers did not attend here.
         """
+        layers = len(self._geometry.attention_layers) + len(self.reads)
         if self.attended != layers:
             raise UnsupportedError(
-                f"the model ran {self.attended} of {layers} attention layers through the cache; every layer must use "
-                "transformers' attention interface"
+                f"{self._geometry.architecture} ran {self.attended} of {layers} attention layers through the cache; "
+                "every layer must use transformers' attention interface"
             )
         self._settle()
         for group in self._written:
             group.finish(self._step.lengths, decoded=self._step.columns == 1)
+
+    def _how(self, number: int, how: How) -> How:
+        """How a layer attends, where its window is not told to its attention but in masks only."""
+        layer = self._geometry.layers[number]
+        if layer.window == how.window or not layer.window:
+            return how
+        told = (layer.window, layer.kind == Kind.CHUNKED) in self.windows
+        if told and not how.window:
+            return replace(how, window=layer.window, chunked=layer.kind == Kind.CHUNKED)
+        if self._groups[layer.source][0].spec.strategy == "local":
+            raise UnsupportedError(
+                f"layer {number} attends to a window of {how.window} tokens (0: none), the model's configuration says "
+                f"{layer.window}"
+            )
+        return how
+
+    def _read(self, number: int, query: Tensor, how: How) -> Tensor:
+        """Attend a layer that has no keys of its own to what another stores, and in a chunk to that one's columns."""
+        source = self._geometry.layers[number].source
+        self.attended += 1
+        group, index = self._groups[source]
+        if self._step.columns == 1:
+            slots = group.slots[index]
+            assert slots is not None
+            return self._decode(source, group, slots, group.ledger.at(index, query.device), query, how, looking=False)
+        held = self._held[source]
+        output, _ = self._attend_chunk(source, query, held.key, held.value, how, looking=False)
+        held.waiting.discard(number)
+        if not held.waiting:
+            self._settle()
+            self._keep(group, index, *self._held.pop(source).kept)
+        return output
 
     def _begin(self, group: Group, key: Tensor) -> None:
         if group in self._written:
@@ -132,17 +182,21 @@ class Eager(Backend):
         step = self._step
         length = torch.tensor([a + b for a, b in zip(step.seen, step.lengths, strict=True)], device=query.device)
         short = (length <= self._relative_from)[:, None, None]
-        positions = on.query_positions
+        positions = on.query_positions[:, -query.shape[2] :]
         at_query = torch.where(short, positions[:, None].clamp(min=0), query_ranks(positions, key_positions))
         at_key = torch.where(short, key_positions.clamp(min=0), ranks(key_positions))
         grouped = query.view(query.shape[0], keys.shape[1], -1, *query.shape[2:])
         return self._rotary(grouped, at_query[:, :, None], layer).flatten(1, 2), self._rotary(keys, at_key, layer)
 
-    def _decode(self, number: int, group: Group, slots: Slots, scores: Scores, query: Tensor, how: How) -> Tensor:
+    def _decode(
+        self, number: int, group: Group, slots: Slots, scores: Scores, query: Tensor, how: How, looking: bool = True
+    ) -> Tensor:
         step, on = self._step, self._step.on(query.device)
         full = step.decodes and min(step.seen) + 1 >= group.ledger.slots
-        mask = None if full and not how.window else softmax.visible(on.query_positions, scores.positions, how.window)
-        observe, own = None, scores.attention()
+        mask = None
+        if not full or how.window:
+            mask = softmax.visible(on.query_positions, scores.positions, how.window, how.chunked)
+        observe, own = None, scores.attention() if looking else None
         if own is not None:
             block = Block(
                 on.query_positions,
@@ -168,23 +222,20 @@ class Eager(Backend):
 
     def _chunk(self, number: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
         group, index = self._groups[number]
-        plain = not self._step.single and self._rotary is None and how.sinks is None
-        if plain and group.spec.bounded and kernels.available(key.device):
-            # Triton launches on the current device, wherever the tensors are.
-            with torch.cuda.device_of(key):  # type: ignore[no-untyped-call]
-                output, own = self._look_fused(group, index, query, key, value, how)
-        else:
-            output, own = self._look(number, query, key, value, how)
+        output, own = self._attend_chunk(number, query, key, value, how)
         scores = None
         if own is not None:
             scores = torch.stack(own)
             missing = group.ledger.slots + self._step.columns - scores.shape[-1]
             scores = torch.nn.functional.pad(scores, (missing, 0))
-        self._keep(group, index, key, value, scores)
+        if readers := self._geometry.readers.get(number):
+            self._held[number] = Held(key, value, scores, set(readers))  # they see what is evicted next
+        else:
+            self._keep(group, index, key, value, scores)
         return output
 
-    def _look(
-        self, number: int, query: Tensor, key: Tensor, value: Tensor, how: How
+    def _attend_chunk(
+        self, number: int, query: Tensor, key: Tensor, value: Tensor, how: How, looking: bool = True
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Attend a chunk to the stored tokens and itself.
 
@@ -193,6 +244,19 @@ class Eager(Backend):
         tuple
             The output, and mass and peak of both, `[batch, kv_heads, stored + columns]` each, or None.
         """
+        group, index = self._groups[number]
+        odd = how.sinks is not None or how.chunked or how.own is not None or key.shape[3] != value.shape[3]
+        plain = not self._step.single and self._rotary is None and not odd and query.shape[2] == self._step.columns
+        if plain and group.spec.bounded and kernels.available(key.device):
+            # Triton launches on the current device, wherever the tensors are.
+            with torch.cuda.device_of(key):  # type: ignore[no-untyped-call]
+                return self._look_fused(group, index, query, key, value, how, looking)
+        return self._look(number, query, key, value, how, looking)
+
+    def _look(
+        self, number: int, query: Tensor, key: Tensor, value: Tensor, how: How, looking: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Do it in plain torch."""
         step, on = self._step, self._step.on(key.device)
         group, index = self._groups[number]
         slots, scores = group.layer(index, key, value)
@@ -204,7 +268,7 @@ class Eager(Backend):
             keys, values = torch.cat((old_keys, key), 2), torch.cat((old_values, value), 2)
             positions = torch.cat((scores.positions, new_positions), 2)
         own = None
-        if (before := scores.attention()) is not None:
+        if looking and (before := scores.attention()) is not None:
             fresh = before[0].new_zeros((*key.shape[:2], step.columns))
             mass, peak = (torch.cat((x[..., :stored], fresh), 2) for x in before)
             own = mass, peak
@@ -214,9 +278,13 @@ class Eager(Backend):
         output = query.new_empty((*query.shape[:3], value.shape[3]))
         # Without stored tokens every head sees the same ones, and one mask serves all.
         seen_positions = positions if stored else positions[:, :1]
-        for part in softmax.blocks(step.batch * query.shape[1], step.columns, keys.shape[2], key.device):
-            end = stored + part.stop  # no query of this block sees a later column
-            queries, seen = on.query_positions[:, part], seen_positions[..., :end]
+        # A layer that reads another's keys may be asked for the last columns only.
+        skipped = step.columns - query.shape[2]
+        query_positions = on.query_positions[:, skipped:]
+        for part in softmax.blocks(step.batch * query.shape[1], query.shape[2], keys.shape[2], key.device):
+            # No query of this block sees a later column where attention is causal.
+            end = stored + (skipped + part.stop if how.own is None else step.columns)
+            queries, seen = query_positions[:, part], seen_positions[..., :end]
             observe = None
             if own is not None:
                 block = Block(
@@ -230,7 +298,9 @@ class Eager(Backend):
                 )
 
                 observe = partial(self._observe, block=block, rule=group.rule, scores=own)
-            mask = softmax.visible(queries, seen, how.window)
+            mask = softmax.visible(queries, seen, how.window, how.chunked)
+            if how.own is not None:
+                mask[..., stored:] = (how.own[:, part] & (on.new_positions >= 0)[:, None])[:, None, None]
             output[:, :, part] = softmax.attend(
                 query[:, :, part], keys[:, :, :end], values[:, :, :end], mask, how, observe
             )
@@ -240,13 +310,13 @@ class Eager(Backend):
         looks.observe(probabilities, block, rule, *scores, self._threads)
 
     def _look_fused(
-        self, group: Group, index: int, query: Tensor, key: Tensor, value: Tensor, how: How
+        self, group: Group, index: int, query: Tensor, key: Tensor, value: Tensor, how: How, looking: bool
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Do the same in the kernels."""
         step, on, rule = self._step, self._step.on(key.device), group.rule
         slots, scores = group.layer(index, key, value)
         stored = scores.positions.shape[2] if any(step.seen) else 0
-        own = scores.attention() or (None, None)
+        own = (scores.attention() if looking else None) or (None, None)
         keys, values = slots.read() if stored else (key[:, :, :0], value[:, :, :0])
         output, mass, peak = kernels.prefill(
             query,

@@ -51,6 +51,7 @@ class DecodeStep(Backend):
     """
 
     def __init__(self, group: Group, device: torch.device, ring: Tensor, used: Tensor, seen: Tensor) -> None:
+        super().__init__()
         self.slots: list[Slots] = [layer for layer in group.slots if layer is not None]
         self.scores = [group.ledger.at(index, device) for index in range(group.ledger.layers)]
         self.rings = list(ring.unbind())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,10 +18,14 @@ class Past:
     """What a cache has seen before a call.
 
     `columns`: columns of its inputs, padding included. `seen`: real tokens of each row; empty before the first call.
+    `offsets`: position that the model gives each row's first token. `right`: whether a row's last prompt was padded on
+    the right.
     """
 
     columns: int
     seen: Sequence[int]
+    offsets: Sequence[int] = ()
+    right: Sequence[bool] = ()
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class Step:
 
     `columns`: of its inputs. `lengths`: real new tokens of each row. `seen`: real tokens of each row before the call.
     `ranks`: int32 `[batch, columns]` on the CPU, the token's index among its row's new ones, -1 for padding.
-    `padded`: whether some column is padding.
+    `padded`: whether some column is padding. `offsets`: position that the model gives each row's first
+    token.
     """
 
     columns: int
@@ -53,6 +58,7 @@ class Step:
     seen: tuple[int, ...]
     ranks: Tensor
     padded: bool
+    offsets: tuple[int, ...] = ()
     _on: dict[torch.device, On] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
@@ -89,13 +95,17 @@ class Step:
         else:
             lengths, ranks = tuple(real.sum(1).tolist()), (real.cumsum(1) - 1).masked_fill(~real, -1).int()
         step = cls(columns, lengths, seen, ranks.contiguous(), real is not None)
-        _check_positions(inputs.get("position_ids"), step, past.columns)
-        return step
+        return replace(step, offsets=_offsets(inputs.get("position_ids"), step, past))
 
     @property
     def batch(self) -> int:
         """Rows."""
         return len(self.lengths)
+
+    @property
+    def right(self) -> tuple[bool, ...]:
+        """Whether each row is padded on the right."""
+        return tuple((self.ranks[:, -1] < 0).logical_and(self.ranks.amax(1) >= 0).tolist())
 
     @property
     def decodes(self) -> bool:
@@ -152,19 +162,35 @@ def _real_columns(mask: Any, batch: int, columns: int, past: Past) -> Tensor | N
     return None if bool(real.all()) else real
 
 
-def _check_positions(position_ids: Any, step: Step, columns: int) -> None:
-    """Compare the positions that a call says with those at which the cache goes on."""
-    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2:
-        return
-    if position_ids.device.type != "cpu" and step.columns == 1 and columns:
-        return  # reading it back would stall the device at every step
-    given = position_ids.cpu().expand(step.batch, -1)
-    own = step.ranks.long() + torch.tensor(step.seen, device="cpu")[:, None]
-    by_column = (torch.arange(step.columns, device="cpu") + columns).expand(step.batch, -1)
-    wrong = (given != own) & (given != by_column) & (step.ranks >= 0)
+def _offsets(position_ids: Any, step: Step, past: Past) -> tuple[int, ...]:
+    """Position that the model gives each row's first token; a row's tokens follow one another from there.
+
+    Raises
+    ------
+    CacheError
+        They do not.
+    """
+    offsets = torch.tensor(past.offsets or [0] * step.batch, device="cpu")
+    told = isinstance(position_ids, Tensor) and position_ids.dim() == 2
+    if not told or (position_ids.device.type != "cpu" and step.columns == 1 and past.columns):
+        return tuple(offsets.tolist())  # reading it back would stall the device at every step
+    given, real = position_ids.cpu().expand(step.batch, -1), step.ranks >= 0
+    seen = torch.tensor(step.seen, device="cpu")
+    own = step.ranks.long() + seen[:, None]
+    by_column = (torch.arange(step.columns, device="cpu") + past.columns).expand(step.batch, -1)
+    for row in range(step.batch):
+        # Some models count from 1, and an empty row begins where transformers likes.
+        if not step.seen[row] and step.lengths[row] and not bool((given == by_column)[row][real[row]].all()):
+            offsets[row] = max(0, int((given - own)[row][real[row]].min()))
+    own += offsets[:, None]
+    wrong = (given != own) & (given != by_column) & real
     if bool(wrong.any()):
         row, column = wrong.nonzero()[0].tolist()
+        hint = "for a new prompt call reset()"
+        if past.right and past.right[row]:
+            hint = "its prompt was padded on the right: pad on the left (tokenizer.padding_side = 'left')"
         raise CacheError(
             f"position_ids[{row}, {column}] is {int(given[row, column])}, but the cache continues at "
-            f"{int(own[row, column])}; for a new prompt call reset()"
+            f"{int(own[row, column])}; {hint}"
         )
+    return tuple(offsets.tolist())

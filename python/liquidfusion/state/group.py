@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -165,24 +165,31 @@ def shares_memory(spec: _core.Spec, device: torch.device) -> bool:
 
 
 class Groups:
-    """All layers of a model, in groups.
+    """All layers of a model that have slots, in groups that are kept alike.
 
     Parameters
     ----------
-    specs : sequence of _core.Spec
-        What each layer keeps.
+    kept : mapping of int to (_core.Spec, int)
+        What each layer that has slots keeps, for how many key/value heads.
     formats : sequence of Format
         How each layer's slots hold keys and values.
     threads : int or None
         Cap on the core's threads.
     """
 
-    def __init__(self, specs: Sequence[_core.Spec], formats: Sequence[Format], threads: int | None) -> None:
-        kinds = list(dict.fromkeys(specs))
-        self.places = [(kinds.index(spec), specs[:layer].count(spec)) for layer, spec in enumerate(specs)]
+    def __init__(
+        self, kept: Mapping[int, tuple[_core.Spec, int]], formats: Sequence[Format], threads: int | None
+    ) -> None:
+        kinds = list(dict.fromkeys(kept.values()))
+        members: list[list[int]] = [[] for _ in kinds]
+        self.places: dict[int, tuple[int, int]] = {}
+        for layer, kind in kept.items():
+            number = kinds.index(kind)
+            self.places[layer] = number, len(members[number])
+            members[number].append(layer)
         self.all = [
-            Group(kind, [how for spec, how in zip(specs, formats, strict=True) if spec == kind], threads)
-            for kind in kinds
+            Group(spec, [formats[layer] for layer in layers], threads)
+            for (spec, _), layers in zip(kinds, members, strict=True)
         ]
 
     def __getitem__(self, layer: int) -> tuple[Group, int]:
@@ -193,8 +200,12 @@ class Groups:
     @property
     def held(self) -> list[list[str]]:
         """How each layer holds keys and values, in words that JSON can say."""
-        formats = (self.all[number].formats[index] for number, index in self.places)
+        formats = (self.all[number].formats[index] for number, index in self.places.values())
         return [[_name(how.keys), _name(how.values)] for how in formats]
+
+    def first(self, number: int) -> int:
+        """The first layer of a group."""
+        return next(layer for layer, place in self.places.items() if place == (number, 0))
 
     def device(self, layer: int) -> torch.device:
         """Where a layer attends, once its slots are there."""

@@ -36,21 +36,27 @@ class Fingerprint:
     layers: int
     kv_heads: int | list[int]
     head_dim: int | list[int]
+    value_dim: int | list[int] | None
     dtype: str
     windows: list[int]
 
     @classmethod
     def of(cls, geometry: Geometry) -> Fingerprint:
-        """Of a model, or a process' share of it; a number for each layer only where they differ."""
+        """Of a model, or a process' share of it; a number for each layer only where they differ.
+
+        `value_dim`: None where values are as wide as keys.
+        """
 
         def alike(values: list[int]) -> int | list[int]:
             return values[0] if len(set(values)) == 1 else values
 
+        wide = any(layer.value_dim != layer.key_dim for layer in geometry.layers)
         return cls(
             architecture=geometry.architecture,
             layers=len(geometry.layers),
             kv_heads=alike([layer.kv_heads for layer in geometry.layers]),
             head_dim=alike([layer.key_dim for layer in geometry.layers]),
+            value_dim=alike([layer.value_dim for layer in geometry.layers]) if wide else None,
             dtype=geometry.dtype,
             windows=list(geometry.windows),
         )
@@ -81,7 +87,7 @@ class State:
 def gather(groups: Groups) -> dict[str, Tensor]:
     """Tensors of a state: the groups' own memory, and copies of their queues."""
     tensors: dict[str, Tensor] = {}
-    for layer in range(len(groups.places)):
+    for layer in groups.places:
         group, index = groups[layer]
         slots = group.slots[index]
         assert slots is not None
@@ -120,18 +126,22 @@ def scatter(state: State, groups: Groups, devices: Sequence[torch.device]) -> No
     shapes = []
     for number, group in enumerate(groups.all):
         slots = told["slots"][number] if group.spec.budget is None else group.spec.budget
-        kv_heads = _of_layer(told["model"]["kv_heads"], groups.places.index((number, 0)))
+        kv_heads = _of_layer(told["model"]["kv_heads"], groups.first(number))
         shapes.append((len(group.slots), len(told["seen"]), kv_heads, slots))
         _check_tensor(tensors, f"positions.{number}", shapes[-1], torch.int32)
     for number, group in enumerate(groups.all):
-        group.allocate(*shapes[number][1:], devices[groups.places.index((number, 0))])
+        group.allocate(*shapes[number][1:], devices[groups.first(number)])
         _fill(group, number, tensors, told["seen"])
-    for layer, device in enumerate(devices):
+    for layer in groups.places:
+        device = devices[layer]
         group, index = groups[layer]
         made = _made(told, tensors, layer)
-        head_dim = _of_layer(told["model"]["head_dim"], layer)
-        like = torch.empty((1, group.ledger.kv_heads, 0, head_dim), dtype=made, device=device)
-        slots, _ = group.layer(index, like, like)
+        widths = told["model"]["head_dim"], told["model"].get("value_dim") or told["model"]["head_dim"]
+        keys, values = (
+            torch.empty((1, group.ledger.kv_heads, 0, _of_layer(width, layer)), dtype=made, device=device)
+            for width in widths
+        )
+        slots, _ = group.layer(index, keys, values)
         for name, own in slots.tensors().items():
             own.copy_(_take(tensors, f"{name}.{layer}", tuple(own.shape), own.dtype))
     for group in groups.all:
@@ -259,6 +269,7 @@ def _check(path: str | os.PathLike[str], description: dict[str, Any]) -> None:
 
     spec, model, seen = (description.get(name) for name in ("spec", "model", "seen"))
     columns, evictions, slots = (description.get(name) for name in ("columns", "evictions", "slots"))
+    offsets = description.get("offsets", [])
     problem = None
     if not isinstance(spec, dict) or not isinstance(spec.get("strategy"), str):
         problem = f"spec={spec!r}"
@@ -270,6 +281,8 @@ def _check(path: str | os.PathLike[str], description: dict[str, Any]) -> None:
         problem = f"evictions={evictions!r}"
     elif not isinstance(seen, list) or not seen or not all(count(n) and n <= columns for n in seen):
         problem = f"seen={seen!r}"
+    elif not isinstance(offsets, list) or (offsets and len(offsets) != len(seen)) or not all(map(count, offsets)):
+        problem = f"offsets={offsets!r}"
     elif not isinstance(slots, list) or not all(count(n) and n for n in slots):
         problem = f"slots={slots!r}"
     if problem:

@@ -173,12 +173,67 @@ class Coded(Side):
         return type(self)(new, self.coding, self.made)
 
 
+class Front(Side):
+    """Values that are the first elements of keys, and take no memory of their own.
+
+    `keys`: the other side. `width`: elements of a value.
+    """
+
+    def __init__(self, keys: Side, width: int) -> None:
+        self.keys, self.width, self.made = keys, width, keys.made
+
+    @property
+    def held(self) -> Tensor:
+        """What is held, where keys are numbers: `[batch, kv_heads, slots, width]`, a view."""
+        assert isinstance(self.keys, Plain)
+        return self.keys.held[..., : self.width]
+
+    def read(self) -> Tensor:
+        """What is held."""
+        return self.keys.read()[..., : self.width]
+
+    def rounded(self, states: Tensor) -> Tensor:
+        """States as they will be read; what rounds numbers rounds each alone."""
+        return self.keys.rounded(states)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """None of its own."""
+        return {}
+
+    def write(self, at: Tensor, states: Tensor, rows: Sequence[int] | None) -> None:
+        """Do nothing: the keys are written."""
+
+    def put(self, source: Tensor, states: Tensor) -> None:
+        """Do nothing, likewise."""
+
+    def products(self, query: Tensor) -> Tensor:
+        """Products of queries with each slot."""
+        return (query @ self.read().transpose(2, 3)).float()
+
+    def sums(self, weights: Tensor) -> Tensor:
+        """Weighted sums over slots."""
+        return weights.to(self.made) @ self.read()
+
+    def lengths(self) -> Tensor:
+        """Length of what each slot holds."""
+        length: Tensor = torch.linalg.vector_norm(self.read(), dim=-1, dtype=torch.float32)
+        return length
+
+    def grown(self, slots: int) -> Self:
+        """A copy with more slots, for keys that have as many."""
+        return type(self)(self.keys.grown(slots), self.width)
+
+
 @dataclass(frozen=True)
 class Format:
-    """How a layer's slots hold keys and values: a dtype, a coding, or None for the model's own dtype."""
+    """How a layer's slots hold keys and values: a dtype, a coding, or None for the model's own dtype.
+
+    `front`: where values are the first elements of keys, as many as this, and else 0.
+    """
 
     keys: torch.dtype | Coding | None = None
     values: torch.dtype | Coding | None = None
+    front: int = 0
 
 
 class Slots:
@@ -196,7 +251,8 @@ class Slots:
                 return Coded(how.empty(batch, like.shape[1], slots, like.device), how, like.dtype)
             return Plain.empty(like, batch, slots, how)
 
-        return cls(side(key, held.keys), side(value, held.values))
+        keys = side(key, held.keys)
+        return cls(keys, Front(keys, held.front) if held.front else side(value, held.values))
 
     @property
     def coded(self) -> bool:
@@ -206,7 +262,7 @@ class Slots:
     @property
     def memory(self) -> tuple[Tensor | None, ...]:
         """The tensors as the kernels take them: keys and values, or where a side is coded both with their scales."""
-        plain = [side.held if isinstance(side, Plain) else None for side in (self.keys, self.values)]
+        plain = [side.held if isinstance(side, Plain | Front) else None for side in (self.keys, self.values)]
         if not self.coded:
             return tuple(plain)
         coded = [side.codes if isinstance(side, Coded) else None for side in (self.keys, self.values)]
@@ -272,7 +328,10 @@ class Slots:
 
     def grown(self, slots: int) -> Self:
         """A copy with more slots, the new ones empty."""
-        return type(self)(self.keys.grown(slots), self.values.grown(slots))
+        keys = self.keys.grown(slots)
+        if isinstance(self.values, Front):
+            return type(self)(keys, Front(keys, self.values.width))
+        return type(self)(keys, self.values.grown(slots))
 
 
 def _scatter(held: Tensor, at: Tensor, new: Tensor, rows: Sequence[int] | None) -> None:

@@ -1,0 +1,147 @@
+"""The table of docs/models.md: every language model class of the installed transformers, small, with a KVCache.
+
+`python tests/classes/table.py` looks at all of them and compares with what was recorded; `--write` records and renews
+the table; names choose some. A class that was served and now answers otherwise fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RECORD = HERE / "table.json"
+PAGE = HERE.parents[1] / "docs" / "models.md"
+MARKS = "<!-- classes: begin -->\n", "<!-- classes: end -->"
+"""What stands between them on the page is written here."""
+SECONDS = 60
+"""Given to a class."""
+
+sys.path.insert(0, str(HERE.parent))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
+os.environ.setdefault("TRITON_INTERPRET", "0")
+
+
+def main() -> int:
+    """Look, compare, and write if told to."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="model types, with or without a variant; default: all")
+    parser.add_argument("--write", action="store_true", help="record the outcome and renew the table in docs/models.md")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help="time limit of a class")
+    chosen = parser.parse_args()
+    warnings.simplefilter("ignore")
+    import torch
+
+    torch.set_num_threads(1)
+    from classes import families, probe
+
+    cases = [
+        case for case in families.cases()
+        if not chosen.names or {case.name, case.name.split("#")[0]} & set(chosen.names)
+    ]  # fmt: skip
+    if not cases:
+        parser.error(f"no class is called {chosen.names}")
+    record: dict[str, dict[str, Any]] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    worse, outcomes = [], {}
+    for case in cases:
+        start = time.monotonic()
+        outcome = forked(probe.probe, case, chosen.seconds)
+        key = f"{case.name}/{case.kind}"
+        outcomes[key] = outcome
+        before = record.get(key, {}).get("status", "new")
+        changed = "" if before == outcome["status"] else f"  [was: {before}]"
+        print(f"{probe.Outcome(**outcome)}  {time.monotonic() - start:.1f} s{changed}", flush=True)
+        if outcome["status"] in (probe.WRONG, probe.CRASHED) or (
+            before == probe.WORKS and outcome["status"] != probe.WORKS
+        ):
+            worse.append(key)
+    summary(list(outcomes.values()))
+    if chosen.write:
+        record = dict(sorted((record | outcomes).items()))
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+        page, begin, end = PAGE.read_text(), *MARKS
+        before, _, rest = page.partition(begin)
+        PAGE.write_text(before + begin + rendered(record) + end + rest.partition(end)[2])
+    if worse:
+        print(f"wrong, crashed, or no longer served: {', '.join(worse)}")
+    return int(bool(worse))
+
+
+def summary(outcomes: list[dict[str, Any]]) -> None:
+    """Counts, of those that transformers itself can run."""
+    for name, group in (
+        ("causal", [o for o in outcomes if not o["multimodal"]]),
+        ("multimodal", [o for o in outcomes if o["multimodal"]]),
+        ("all", outcomes),
+    ):
+        counts = Counter(outcome["status"] for outcome in group)
+        able = len(group) - counts["HF fails"]
+        shares = {status: f"{n} ({n / able:.0%})" for status, n in counts.most_common() if status != "HF fails"}
+        print(f"{name}: {len(group)}, of which transformers runs {able}: {shares}")
+
+
+def rendered(record: dict[str, dict[str, Any]]) -> str:
+    """The outcomes as a part of a Markdown page."""
+    import transformers
+
+    def listed(outcomes: list[dict[str, Any]]) -> str:
+        return ", ".join(f"`{name}`" for name in sorted({outcome["name"] for outcome in outcomes}, key=str.lower))
+
+    outcomes = list(record.values())
+    able = [outcome for outcome in outcomes if outcome["status"] != "HF fails"]
+    served = [outcome for outcome in able if outcome["status"] == "works"]
+    why: dict[str, list[dict[str, Any]]] = {}
+    for outcome in able:
+        if outcome not in served:
+            reason = (
+                outcome["reason"].split(": ", 1)[-1].removeprefix(f"{outcome['kind']} ").split("; call the model")[0]
+            )
+            why.setdefault(reason.replace("|", "\\|"), []).append(outcome)
+    rows = "".join(f"| {reason} | {listed(group)} |\n" for reason, group in sorted(why.items()))
+    return (
+        f"\nOf transformers {transformers.__version__}'s classes {len(able)} run small from a generic configuration, "
+        f"counting variants; {len(served)} are served ({len(served) / len(able):.0%}). By `model_type`, causal and "
+        f"multimodal classes of one type together, a variant after `#`:\n\n{listed(served)}.\n\n"
+        f"| refused, since it | classes |\n|---|---|\n{rows}\n"
+        f"Not looked at, since such a configuration does not run by itself: "
+        f"{listed([outcome for outcome in outcomes if outcome['status'] == 'HF fails'])}.\n\n"
+    )
+
+
+def forked(function: Any, case: Any, seconds: int) -> dict[str, Any]:
+    """A function's result from a process of its own, which may not take longer or tear this one down."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            os.close(read)
+            signal.alarm(seconds)
+            os.write(write, json.dumps(function(case)).encode())
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        answer = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if answer:
+        return dict(json.loads(answer))
+    reason = f"took longer than {seconds} s" if status == signal.SIGALRM else f"ended with status {status}"
+    return {"name": case.name, "kind": case.kind, "multimodal": case.multimodal, "status": "crashed", "reason": reason}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

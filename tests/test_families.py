@@ -1,0 +1,283 @@
+"""Kinds of layers and masks beyond plain attention: transformers' own answers while all fits, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    chunked_causal_mask_function,
+    or_masks,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
+
+import liquidfusion as lf
+from classes.families import cases
+from classes.probe import load, prompt
+from liquidfusion.geometry import Geometry, Kind
+from liquidfusion.hf.function import _pattern
+from tiny import build as tiny_build
+from tiny import cache_keyword
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+HYBRIDS = ("qwen3_next", "falcon_h1", "lfm2", "nemotron_h")
+
+
+@cache
+def small(name: str) -> PreTrainedModel:
+    """The one shared small model of a family."""
+    case = next((case for case in cases() if case.name == name), None)
+    if case is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    return load(case)
+
+
+def run(model: PreTrainedModel, kv: Any, ids: Tensor, **inputs: Any) -> Tensor:
+    """Logits `[rows, columns, vocabulary]` of a call."""
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=ids, **inputs, **{cache_keyword(model): kv}).logits
+    return logits
+
+
+def close(own: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-4 * max(1.0, float(theirs.abs().max())))
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_states_are_part_of_copies_sessions_and_beams(name: str, tmp_path: Path) -> None:
+    """Recurrent and convolution states go wherever slots go."""
+    model = small(name)
+    ids, step = prompt((18, 18, 18))["input_ids"], prompt((1, 1, 1), seed=1)["input_ids"]
+    kv = lf.KVCache(model, "liquid_fusion", 12)
+    fresh = run(model, kv, ids)
+    run(model, kv, step)
+    kv.save(tmp_path / "session")
+    others = [copy.deepcopy(kv), lf.KVCache.load(tmp_path / "session", model)]
+    order = torch.tensor([2, 0, 0])
+    permuted = copy.deepcopy(kv)
+    permuted.reorder_cache(order)
+    expected = run(model, kv, step)
+    for other in others:
+        assert torch.equal(run(model, other, step), expected)
+        assert other.nbytes == kv.nbytes
+    torch.testing.assert_close(run(model, permuted, step[order]), expected[order], rtol=0, atol=0)
+    kv.reset()
+    assert torch.equal(run(model, kv, ids), fresh)
+    kv.reset()
+    close(run(model, kv, ids[:2]), fresh[:2])  # another number of rows
+
+
+def test_a_layer_without_slots_is_named() -> None:
+    model = small("qwen3_next")
+    kv = lf.KVCache(model, "h2o", 12)
+    run(model, kv, prompt((9,))["input_ids"])
+    with pytest.raises(lf.CacheError, match=r"layer 0 has no slots .*\[3\]"):
+        kv.positions(0)
+    assert kv.positions(3).shape[2] == 12
+
+
+def test_gradients_are_refused() -> None:
+    """With labels before any work; otherwise where they would begin to flow. Without gradients a loss is fine."""
+    model = small("llama")
+    ids = prompt((12,))["input_ids"]
+    for strategy in ("streaming", "liquid_fusion"):
+        kv = lf.KVCache(model, strategy, 64)
+        given = {cache_keyword(model): kv}
+        with pytest.raises(lf.UnsupportedError, match=r"labels.*gradients"):
+            model(input_ids=ids, labels=ids, **given)
+        logits = model(input_ids=ids, **given).logits  # the refusal left the cache as it was
+        with pytest.raises(lf.UnsupportedError, match="gradients"):
+            logits.sum().backward()
+        kv.reset()
+        with torch.no_grad():
+            assert float(model(input_ids=ids, labels=ids, **given).loss) > 0
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma4", "paligemma"])
+@pytest.mark.parametrize("strategy", ["streaming", "liquid_fusion"])
+def test_image_blocks_and_prefixes_see_all_of_themselves(name: str, strategy: str) -> None:
+    """Tokens of an image, or of a prefix, attend to one another in both directions."""
+    model = small(name)
+    ids = prompt((16,))["input_ids"]
+    kinds = torch.zeros_like(ids)
+    kinds[:, 3:9] = 1
+    told = {"token_type_ids": kinds} | ({"mm_token_type_ids": kinds} if name == "gemma4" else {})
+    kv, theirs = lf.KVCache(model, strategy, 64), DynamicCache(config=model.config)
+    both = [run(model, held, ids, **told) for held in (kv, theirs)]
+    close(*both)
+    plain = run(model, lf.KVCache(model, strategy, 64), ids, token_type_ids=torch.zeros_like(ids))
+    assert (plain - both[0]).abs().max() > 1e-2, "else the blocks made no difference"
+    for column in prompt((4,), seed=1)["input_ids"].T:
+        later = {"token_type_ids": torch.zeros_like(column[:, None])}
+        close(run(model, kv, column[:, None], **later), run(model, theirs, column[:, None], **later))
+    bounded = lf.KVCache(model, strategy, 8)
+    assert bool(run(model, bounded, ids, **told).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value", "reason"),
+    [
+        ("attention_mask", torch.zeros(1, 1, 9, 9), "a mask of its own"),
+        ("attention_mask", torch.ones(1, 1, 9, 9, dtype=torch.bool), "a mask of its own"),
+        ("position_bias", torch.zeros(1, 4, 9, 9), "learnt bias"),
+        ("indices", torch.zeros(1, 9, 4, dtype=torch.int64), "an index of its own"),
+    ],
+)
+def test_what_changes_attention_and_is_not_known_is_refused(keyword: str, value: Tensor, reason: str) -> None:
+    model = tiny_build("llama")
+
+    def change(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, kwargs | {keyword: value}
+
+    model.model.layers[1].self_attn.register_forward_pre_hook(change, with_kwargs=True)
+    with pytest.raises(lf.UnsupportedError, match=reason):
+        run(model, lf.KVCache(model, "h2o", 24), torch.ones(1, 9, dtype=torch.int64))
+
+
+def test_mask_functions_are_recognised_or_not() -> None:
+    """What is recognised says the same as the mask that transformers makes of it."""
+
+    def odd(*index: Any) -> Any:
+        return index[3] % 2 == 0
+
+    left = torch.zeros(1, dtype=torch.int64)
+    for function, told in (
+        (causal_mask_function, ((0, False), False)),
+        (sliding_window_causal_mask_function(4), ((4, False), False)),
+        (chunked_causal_mask_function(3, left), ((3, True), False)),
+        (or_masks(causal_mask_function, odd), ((0, False), True)),
+        (or_masks(sliding_window_causal_mask_function(4), odd), ((4, False), True)),
+        (and_masks(odd, causal_mask_function), (None, True)),
+        (and_masks(causal_mask_function, odd), (None, True)),
+        (or_masks(odd, causal_mask_function), (None, True)),
+        (odd, (None, True)),
+    ):
+        pattern, rest = _pattern(function)
+        assert (pattern, rest) == told
+        if pattern is None or rest:
+            continue
+        size, chunked = pattern
+        dense = sdpa_mask(1, 9, 9, mask_function=function, allow_is_causal_skip=False)[0, 0]
+        q, k = torch.arange(9)[:, None], torch.arange(9)
+        inside = k >= q // size * size if chunked else k > q - (size or 9)
+        assert torch.equal(dense, (k <= q) & inside)
+
+
+def test_a_row_without_a_token_does_not_spoil_the_others() -> None:
+    """A batch of which one text is empty: the others are answered as they are alone."""
+    model = small("llama")
+    ids = prompt((14, 10))["input_ids"]
+    mask = (ids > 0).long()
+    mask[1] = 0
+    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    kv = lf.KVCache(model, "liquid_fusion", 64)
+    together = model.generate(ids, attention_mask=mask, **options, **{cache_keyword(model): kv})
+    alone = model.generate(ids[:1], attention_mask=mask[:1], **options)
+    assert together.sequences[0].tolist() == alone.sequences[0].tolist()
+    assert bool(torch.stack(together.logits)[:, 0].isfinite().all())
+
+
+def test_right_padding_is_named() -> None:
+    model = small("llama")
+    ids = torch.full((2, 10), 25)
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    kv = lf.KVCache(model, "h2o", 64)
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    run(model, kv, ids, attention_mask=mask, position_ids=positions)
+    longer = torch.nn.functional.pad(mask, (0, 1), value=1)
+    with pytest.raises(lf.CacheError, match=r"position_ids\[1, 0\] is 2, .* continues at 7; .*padded on the right"):
+        run(model, kv, ids[:, :1], attention_mask=longer, position_ids=torch.tensor([[10], [2]]))
+
+
+@pytest.mark.parametrize("offset", [1, 5])
+def test_positions_may_begin_anywhere(offset: int, tmp_path: Path) -> None:
+    """A constant offset is the model's business; one that changes is another prompt."""
+    model = small("llama")
+    ids = prompt((12,))["input_ids"]
+    kv, theirs = lf.KVCache(model, "h2o", 64), DynamicCache(config=model.config)
+    given = {"position_ids": torch.arange(12)[None] + offset}
+    close(run(model, kv, ids, **given), run(model, theirs, ids, **given))
+    kv.save(tmp_path / "session")
+    kv = lf.KVCache.load(tmp_path / "session", model)
+    given = {"position_ids": torch.tensor([[12 + offset]])}
+    close(run(model, kv, ids[:, :1], **given), run(model, theirs, ids[:, :1], **given))
+    with pytest.raises(lf.CacheError, match=f"continues at {13 + offset}"):
+        run(model, kv, ids[:, :1], position_ids=torch.tensor([[14 + offset]]))
+
+
+@pytest.mark.parametrize("name", ["jetmoe", "gemma4_text#head_dims", "gemma4_text#kv_heads(26B,31B)", "mimo_v2_flash"])
+def test_sizes_that_differ_between_layers_can_be_kept(name: str, tmp_path: Path) -> None:
+    """Heads and sizes are those of the keys, whatever the configuration calls them."""
+    model = small(name)
+    ids = prompt((20,))["input_ids"]
+    kv = lf.KVCache(model, "liquid_fusion", 12)
+    run(model, kv, ids)
+    for i, layer in enumerate(Geometry.of(model).layers):
+        keys, values = kv.keys_values(i)
+        assert (keys.shape[1], keys.shape[3], values.shape[3]) == (layer.kv_heads, layer.key_dim, layer.value_dim)
+    kv.save(tmp_path / "session")
+    others = [copy.deepcopy(kv), lf.KVCache.load(tmp_path / "session", model)]
+    expected = run(model, kv, ids[:, :1])
+    assert all(torch.equal(run(model, other, ids[:, :1]), expected) for other in others)
+
+
+@pytest.mark.parametrize("name", ["gptj", "codegen"])
+def test_relative_positions_need_frequencies_that_can_be_read(name: str) -> None:
+    with pytest.raises(lf.UnsupportedError, match="positions relative to the cache"):
+        lf.KVCache(small(name), "streaming", 12, positions="cache")
+
+
+def test_latents_are_all_that_is_stored() -> None:
+    """Multi-head latent attention: one latent and one rotary key per token and layer, for all heads."""
+    model = small("deepseek_v3")
+    rank, rope, layers, budget = 24, 8, len(Geometry.of(model).layers), 512
+    kv = lf.KVCache(model, "liquid_fusion", budget)
+    run(model, kv, prompt((30,))["input_ids"])
+    keys, values = kv.keys_values(0)
+    assert keys.shape == (1, 1, budget, rank + rope)
+    assert values.shape == (1, 1, budget, rank)
+    assert values.data_ptr() == keys.data_ptr()
+    beside = budget * (4 + 8 + 4)
+    assert layers * budget * (rank + rope) * 4 <= kv.nbytes <= 1.05 * layers * (budget * (rank + rope) * 4 + beside)
+    for strategy in ("full", "h2o"):
+        longer = lf.KVCache(model, strategy, 400)
+        theirs = DynamicCache(config=model.config)
+        for columns in (260, 1, 30, 1):  # an unbounded cache grows
+            ids = prompt((columns,), seed=columns)["input_ids"]
+            close(run(model, longer, ids), run(model, theirs, ids))
+
+
+def test_attention_in_chunks_is_exact_however_long_the_text() -> None:
+    """A layer that attends within chunks loses nothing to a budget as wide as one."""
+    model = small("llama4_text#chunks")
+    assert [layer.kind for layer in Geometry.of(model).layers] == [Kind.CHUNKED] * 4
+    kv, theirs = lf.KVCache(model, "liquid_fusion", 16), DynamicCache(config=model.config)
+    for columns in (7, 1, 23, 1, 1, 1, 12, *[1] * 14):
+        ids = prompt((columns,), seed=columns)["input_ids"]
+        close(run(model, kv, ids), run(model, theirs, ids))
+    assert kv.evictions > 0
+
+
+@pytest.mark.parametrize("name", ["gemma3n_text", "gemma4_text#shared_kv(E2B,E4B)"])
+def test_layers_that_read_anothers_keys_have_no_slots(name: str) -> None:
+    model = small(name)
+    geometry = Geometry.of(model)
+    assert [layer.source for layer in geometry.layers] == [0, 1, 0, 1]
+    kv = lf.KVCache(model, "liquid_fusion", 12)
+    run(model, kv, prompt((30,))["input_ids"])
+    with pytest.raises(lf.CacheError, match="no slots of its own"):
+        kv.positions(2)
+    own = sum(kv.keys_values(i)[0].nbytes for i in (0, 1))
+    assert kv.nbytes < 3 * own
