@@ -211,7 +211,7 @@ _HEAD = """\
 
 *Bytes* are what a row's cache holds after its answer, and their share of a full cache of the same tokens in the model's
 precision; a press keeps its size of the context, and its question and answer come on top. *Passes* says how often a
-method fed the context to the model: 2 means that it read everything a second time. Brackets: 95 % bootstrap intervals."""
+method fed the context to the model: 2 means that it read everything twice. Brackets: 95 % bootstrap intervals."""
 
 
 def _where(key: tuple[str, str, int | None], size: str) -> str:
@@ -320,8 +320,8 @@ def _how(rows: Sequence[Row], config: Mapping[str, Any]) -> str:
                     versions.setdefault(name, set()).add(value)
         told = ", ".join(f"{name} {' and '.join(sorted(values))}" for name, values in versions.items())
         lines.append(f"- On {card[0]}, {card[1]}: {told}.")
-    commands = dict.fromkeys(row["command"] for row in rows)
-    return "\n".join([*lines, "", "```console", *(f"$ {command}" for command in commands), "```"])
+    commands = [f"$ {command}" for command in dict.fromkeys(row["command"] for row in rows)]
+    return "\n".join([*lines, "", "```console", *commands, "```"] if commands else lines)
 
 
 def main() -> None:

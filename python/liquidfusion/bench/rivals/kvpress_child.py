@@ -195,7 +195,7 @@ class Answerer:
             if found or any(part in text for part in prompt["stop"]):
                 answer["finish_reason"] = "stop"
                 return True
-        return step + 1 >= prompt["max_tokens"]
+        return bool(step + 1 >= prompt["max_tokens"])
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":

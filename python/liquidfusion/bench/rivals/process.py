@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -36,12 +37,15 @@ class Process:
 
     def __init__(self, python: str, model: str, dtype: str, device: str, threads: int) -> None:
         self._errors = tempfile.TemporaryFile("w+", encoding="utf8")  # noqa: SIM115 - as long as the process
+        # The modules that this interpreter was told to look at are those that the other one must not see.
+        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
         try:
             self._process = subprocess.Popen(
                 [python, str(_PROGRAM)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
+                env=environment,
                 text=True,
                 encoding="utf8",
             )
