@@ -94,8 +94,7 @@ class Group:
         many = torch.tensor(lengths, device="cpu")[:, None] > 1
         new = ((ranks >= 0) & many)[:, None].expand(-1, positions.shape[1], -1)
         held = torch.cat((positions >= 0, new), -1).to(chunk.key.device)
-        keys = torch.cat((slots.keys.read(), slots.keys.rounded(chunk.key)), 2)
-        return codes.distinctness(keys, held).cpu()
+        return slots.distinctness(held, chunk.key).cpu()
 
     def finish(self, lengths: Sequence[int], decoded: bool) -> None:
         """End a call; rows whose reuse queue runs low get their next victims. `decoded`: it was a decode step."""

@@ -130,11 +130,32 @@ class Coded(Side):
 
     def read(self) -> Tensor:
         """What the codes stand for."""
-        return self.coding.decode(self.codes, self.made)
+        return self._decoded(self.codes)
 
     def rounded(self, states: Tensor) -> Tensor:
         """States as they will be read."""
-        return self.coding.decode(self.coding.encode(states), self.made)
+        return self._decoded(self.encoded(states))
+
+    def encoded(self, states: Tensor) -> Codes:
+        """Codes of states `[rows, kv_heads, columns, d]`."""
+        if not kernels.available(states.device):
+            return self.coding.encode(states)
+        with torch.cuda.device_of(states):  # type: ignore[no-untyped-call]
+            return Codes(*kernels.encode_states(states, *self.turn, self.coding.bits))
+
+    @property
+    def turn(self) -> tuple[Tensor, Tensor | None]:
+        """The rotation and the rotated mean as the kernels take them."""
+        device = self.codes.codes.device
+        return codes.rotation(self.coding.width, device), self.coding.rotated_mean(device)
+
+    def _decoded(self, held: Codes) -> Tensor:
+        if not kernels.available(held.codes.device):
+            return self.coding.decode(held, self.made)
+        mu, (turn, _) = self.coding.mu, self.turn
+        with torch.cuda.device_of(held.codes):  # type: ignore[no-untyped-call]
+            mean = None if mu is None else mu.to(held.codes.device)
+            return kernels.decode_states(*held, turn, mean, self.coding.head_dim, self.made)
 
     def tensors(self) -> dict[str, Tensor]:
         """All memory by name."""
@@ -142,12 +163,16 @@ class Coded(Side):
 
     def write(self, at: Tensor, states: Tensor, rows: Sequence[int] | None) -> None:
         """Store one token per row and head."""
-        new = self.coding.encode(states)
+        new = self.encoded(states)
         _scatter(self.codes.codes, at, new.codes[:, :, 0], rows)
         _scatter(self.codes.scales[..., None], at, new.scales, rows)
 
     def put(self, source: Tensor, states: Tensor) -> None:
         """Store a chunk's columns."""
+        if kernels.available(states.device):
+            with torch.cuda.device_of(states):  # type: ignore[no-untyped-call]
+                kernels.place_coded(source, states, *self.codes, *self.turn)
+            return
         new = self.coding.encode(states)
         _move(source, new.codes, self.codes.codes)
         _move(source, new.scales[..., None], self.codes.scales[..., None])
@@ -315,11 +340,30 @@ class Slots:
         length = self.keys.lengths()
         return (self.values.lengths() / length).masked_fill(length == 0, 0.0)
 
-    def distinctness(self, held: Tensor) -> Tensor:
-        """How far each key points from the mean direction of those in `held`, bool `[batch, kv_heads, slots]`."""
-        if isinstance(self.keys, Coded):
-            return self.keys.coding.distinctness(self.keys.codes, held)
-        return codes.distinctness(self.keys.read(), held)
+    def distinctness(self, held: Tensor, key: Tensor | None = None) -> Tensor:
+        """How far each key points from the mean direction of all that are held.
+
+        Parameters
+        ----------
+        held : Tensor
+            bool `[batch, kv_heads, slots + columns]`: which of them count.
+        key : Tensor or None
+            A chunk's keys `[batch, kv_heads, columns, d]`, which count as they will be stored; None: no columns.
+
+        Returns
+        -------
+        Tensor
+            float32 `[batch, kv_heads, slots + columns]`, 0 where nothing is held.
+        """
+        keys = self.keys
+        if kernels.available(held.device):
+            with torch.cuda.device_of(held):  # type: ignore[no-untyped-call]
+                return _distinct_by_kernel(keys, held, key)
+        if key is not None:
+            return codes.distinctness(torch.cat((keys.read(), keys.rounded(key)), 2), held)
+        if isinstance(keys, Coded):
+            return keys.coding.distinctness(keys.codes, held)
+        return codes.distinctness(keys.read(), held)
 
     def tensors(self) -> dict[str, Tensor]:
         """All memory by name, batch rows first."""
@@ -332,6 +376,21 @@ class Slots:
         if isinstance(self.values, Front):
             return type(self)(keys, Front(keys, self.values.width))
         return type(self)(keys, self.values.grown(slots))
+
+
+def _distinct_by_kernel(keys: Side, held: Tensor, key: Tensor | None) -> Tensor:
+    """`Slots.distinctness` on a GPU, where neither stored nor new keys are decoded."""
+    if isinstance(keys, Coded):
+        parts = [keys.codes] if key is None else [keys.codes, keys.encoded(key)]
+        width, mean = keys.coding.width, keys.turn[1]
+    else:
+        states = [keys.read()] if key is None else [keys.read(), keys.rounded(key)]
+        parts, width, mean = [(part.contiguous(), None) for part in states], None, None
+    counts = [part[0].shape[2] for part in parts]
+    which = [part.contiguous() for part in held.split(counts, 2)]
+    together = [(*part, counted) for part, counted in zip(parts, which, strict=True)]
+    distinct: Tensor = kernels.distinctness(*together, mean=mean, width=width)
+    return distinct
 
 
 def _scatter(held: Tensor, at: Tensor, new: Tensor, rows: Sequence[int] | None) -> None:
