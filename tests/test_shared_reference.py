@@ -25,7 +25,10 @@ if not PATH.is_file():
     pytest.skip("../shared/reference.py is not beside this checkout", allow_module_level=True)
 
 # The specification is older than these, and has no words for what they do.
-KNOWN = [name for name in STRATEGIES if name not in ("full", "snapkv", "random")]
+KNOWN = [name for name in STRATEGIES if name not in ("full", "snapkv", "random", "keydiff")]
+YOUNGER = {"look_gap": 0, "peak_reach": 2**31 - 1, "averaged": False, "value_weighted": False}
+"""What turns off the rules that it does not know."""
+LISTENS = {info["name"]: info["parameters"] for info in _core.strategies()}
 CALLS = [3, 1, 30, *[1] * 60, 2, *[1] * 40, 75, *[1] * 120, 17, *[1] * 80]
 
 
@@ -70,11 +73,8 @@ def attention(seed: int) -> Callable[[list[int], list[int]], list[list[float]]]:
 def test_twin_and_product_agree_with_it(shared: ModuleType, strategy: str, interval: int) -> None:
     """All three on the same probabilities, chunks and decode steps mixed: positions and scores after every call."""
     budget = 40
-    # Rules younger than the specification, which it does not know, are off.
-    spec = _core.Spec(
-        strategy, budget, eviction_interval=interval,
-        look_gap=0, peak_reach=2**31 - 1, averaged=False, value_weighted=False,
-    )  # fmt: skip
+    off = {name: value for name, value in YOUNGER.items() if name in LISTENS[strategy]}
+    spec = _core.Spec(strategy, budget, eviction_interval=interval, **off)
     rules = replace(
         STRATEGIES[strategy](budget), interval=interval, look_gap=0, peak_reach=math.inf, averaged=False, weighted=False
     )
