@@ -9,9 +9,11 @@
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use pulp::Simd as _;
+
 use crate::error::{Result, fail};
 use crate::head::{FINITE, valid};
-use crate::simd::{self, Work};
+use crate::simd::{self, Lanes, Work};
 use crate::threads;
 use crate::view::{View, ViewMut};
 
@@ -278,8 +280,9 @@ impl<T: Element> Work for Tile<'_, T> {
     type Output = u32;
 
     #[inline(always)]
-    fn run<S: pulp::Simd>(self, simd: S) -> u32 {
-        let width = wide::COUNT * S::F32_LANES;
+    fn run<L: Lanes>(self, lanes: L) -> u32 {
+        let simd = lanes.simd();
+        let width = wide::COUNT * L::Simd::F32_LANES;
         let whole = self.sums.len() / width * width;
         self.sums.fill(0.0);
         self.peaks.fill(0.0);
@@ -298,7 +301,7 @@ impl<T: Element> Work for Tile<'_, T> {
                         *total = simd.add_f32s(*total, value);
                     }
                 }
-                let sums = S::as_mut_simd_f32s(sums).0.iter_mut().zip(S::as_mut_simd_f32s(peaks).0);
+                let sums = L::Simd::as_mut_simd_f32s(sums).0.iter_mut().zip(L::Simd::as_mut_simd_f32s(peaks).0);
                 for ((sum, peak), total) in sums.zip(total) {
                     *sum = simd.add_f32s(*sum, wide::normal(simd, simd.mul_f32s(total, mass_factor)));
                     *peak = simd.max_f32s(wide::normal(simd, simd.mul_f32s(total, peak_factor)), *peak);
@@ -315,8 +318,8 @@ impl<T: Element> Work for Tile<'_, T> {
                 *peak = normal(to_peak * total).max(*peak);
             }
         }
-        T::in_order(sums, S::F32_LANES);
-        T::in_order(peaks, S::F32_LANES);
+        T::in_order(sums, L::Simd::F32_LANES);
+        T::in_order(peaks, L::Simd::F32_LANES);
         bytemuck::cast_slice(&[worst]).iter().copied().fold(worst_rest, u32::max)
     }
 }
@@ -337,7 +340,7 @@ impl Work for Merge<'_> {
     type Output = u32;
 
     #[inline(always)]
-    fn run<S: pulp::Simd>(self, _: S) -> u32 {
+    fn run<L: Lanes>(self, _: L) -> u32 {
         let mut worst = 0;
         if let Some(weights) = self.weights {
             for ((sum, peak), &weight) in self.sums.iter_mut().zip(&mut *self.peaks).zip(weights) {

@@ -1,9 +1,11 @@
 //! One decision of one head: which of its candidates stay.
 
-use crate::head::{BadScore, Head};
+use std::ops::Range;
+
+use crate::head::{BadScore, DISTINCT, FINITE, Head, MASS, PEAK, Place, Scores};
 use crate::score::{Distinct, Peak, Score};
-use crate::select::{ABSENT, Field, cut, ordinal};
-use crate::simd::{self, Work};
+use crate::select::{ABSENT, Field, below, cut, ordinal};
+use crate::simd::{self, Lanes, Work};
 use crate::split::Split;
 
 /// How many tokens of each kind stay, and what the last of the heavy hitters are chosen by.
@@ -14,85 +16,155 @@ pub(crate) struct Rule<'a> {
     pub(crate) heavy: &'a dyn Score,
 }
 
+/// Candidates that are left after a contest, as [`Head`] has them.
+#[derive(Debug, Default)]
+pub(crate) struct Left {
+    count: usize,
+    index: Vec<i32>,
+    positions: Vec<i32>,
+    scores: [Vec<f32>; 3],
+}
+
 /// Reusable memory of one thread.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
-    /// Of each candidate 1 while it may still be taken, else 0; when all is decided, 1 for those that do not stay.
-    pub(crate) open: Vec<u8>,
-    victims: Vec<i32>,
+    /// 0, 1, 2, …
+    numbers: Vec<i32>,
+    positions: Vec<i32>,
     worth: Vec<f32>,
     ordinals: Vec<i32>,
-    /// Where the searches for sinks, distinctness, peak and mass ended last.
-    near: [i32; 4],
+    /// What the contests for sinks, distinctness, peak and mass leave, and where their searches ended last.
+    contests: [(Left, i32); 4],
+}
+
+/// Grow a buffer, whose contents do not matter, to at least `n`.
+fn at_least<T: Copy + Default>(buffer: &mut Vec<T>, n: usize) -> &mut [T] {
+    if buffer.len() < n {
+        buffer.resize(n, T::default());
+    }
+    &mut buffer[..n]
+}
+
+/// What a head brings to a decision.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Shown<'a> {
+    pub(crate) place: Place,
+    /// One more than the newest position.
+    pub(crate) seen: usize,
+    /// Positions in its slots, -1 where there is none.
+    pub(crate) stored: &'a [i32],
+    /// Positions of a chunk's columns, -1 for padding.
+    pub(crate) columns: &'a [i32],
+    pub(crate) scores: Scores<'a>,
 }
 
 impl Scratch {
-    /// Decide about the candidates of `head`, more than the split has room for, and leave the outcome in `open`.
-    pub(crate) fn decide(&mut self, head: &Head<'_>, rule: &Rule<'_>) -> Result<(), BadScore> {
-        let Split { sinks, recent, distinct, peak, mass } = rule.split;
-        let n = head.positions.len();
-        let Self { open, worth, ordinals, near, .. } = self;
-        open.resize(n, 0);
-        let pinned = if rule.adaptive { 0 } else { sinks };
-        let mut left = simd::dispatch(Contest { head, pinned, recent, open })?;
-        // In this order: who is taken for one reason does not take a place for another.
-        let chosen = if rule.adaptive { sinks } else { 0 };
-        let contests: [(usize, &dyn Score); 4] =
-            [(chosen, rule.heavy), (distinct, &Distinct), (peak, &Peak), (mass, rule.heavy)];
-        for ((k, score), near) in contests.into_iter().zip(near) {
-            if left <= k {
-                open.fill(0);
-                break;
-            }
-            if k > 0 {
-                worth.resize(n, 0.0);
-                ordinals.resize(n, 0);
-                score.worth(head, open, worth);
-                simd::dispatch(Take { positions: head.positions, worth, ordinals, k, left, near, open });
-                left -= k;
-            }
+    /// The candidates that do not stay: which they are, ascending, and their positions. Slots that are `queued` are none of the candidates,
+    /// of which there are more than the rule has room for; without one all stay, and only their scores are checked.
+    pub(crate) fn decide<'a>(
+        &'a mut self,
+        shown: Shown<'a>,
+        queued: impl Iterator<Item = i32>,
+        rule: Option<&Rule<'_>>,
+    ) -> Result<[&'a [i32]; 2], BadScore> {
+        let Self { numbers, positions, worth, ordinals, contests } = self;
+        let Shown { place, seen, stored, columns, scores } = shown;
+        let n = stored.len() + columns.len();
+        numbers.extend(numbers.len() as i32..n as i32);
+        let positions = at_least(positions, n);
+        let good = simd::dispatch(Show { shown, positions });
+        queued.for_each(|slot| positions[slot as usize] = -1);
+        let mut left = Head { place, seen, index: &numbers[..n], positions, scores };
+        if !good {
+            left.check()?;
         }
-        Ok(())
-    }
-
-    /// The candidates that do not stay, oldest first.
-    pub(crate) fn dropped(&mut self, positions: &[i32]) -> &[i32] {
-        let Self { open, victims, .. } = self;
-        victims.clear();
-        // Most stay: eight are passed at a time.
-        for (word, eight) in open.chunks(8).enumerate() {
-            if eight.iter().fold(0, |any, &open| any | open) > 0 {
-                victims.extend((8 * word as i32..).zip(eight).filter(|&(_, &open)| open > 0).map(|(i, _)| i));
+        let Some(&Rule { split: Split { sinks, recent, distinct, peak, mass }, adaptive, heavy }) = rule else {
+            return Ok([&[]; 2]);
+        };
+        let (pinned, chosen) = if adaptive { (0, sinks) } else { (sinks, 0) };
+        let (within, mut count) = simd::dispatch(Open { positions, seen, pinned, recent });
+        // In this order: who is taken for one reason does not take a place for another. With each reason, what those after it need.
+        let reasons: [(usize, &dyn Score, &[usize]); 4] = [
+            (chosen, heavy, &[MASS, PEAK, DISTINCT]),
+            (distinct, &Distinct, &[MASS, PEAK]),
+            (peak, &Peak, &[MASS]),
+            (mass, heavy, &[]),
+        ];
+        for ((k, score, needed), (into, near)) in reasons.into_iter().zip(contests) {
+            // The last contest is held even for nothing: it drops those that take no part.
+            if k == 0 && !needed.is_empty() {
+                continue;
             }
+            let n = left.positions.len();
+            let search = (0 < k && k < count).then(|| score.worth(left, &within, at_least(worth, n)));
+            let all = k > 0 && k >= count;
+            let ordinals = at_least(ordinals, n);
+            count = simd::dispatch(Take { left, within: &within, search, all, ordinals, k, count, near, needed, into });
+            left = into.head(left);
         }
-        victims.sort_unstable_by_key(|&i| positions[i as usize]);
-        victims
+        Ok([left.index, left.positions])
     }
 }
 
-/// Check the scores, and open the contest to all that are neither pinned sinks nor recent; returns how many that are.
-struct Contest<'a> {
-    head: &'a Head<'a>,
-    pinned: usize,
-    recent: usize,
-    open: &'a mut [u8],
+impl Left {
+    fn head<'a>(&'a self, Head { place, seen, .. }: Head<'_>) -> Head<'a> {
+        let scores = self.scores.each_ref().map(|scores| scores.get(..self.count).unwrap_or_default());
+        Head { place, seen, index: &self.index[..self.count], positions: &self.positions[..self.count], scores }
+    }
 }
 
-impl Work for Contest<'_> {
-    type Output = Result<usize, BadScore>;
+/// Copy the positions, and tell whether all scores may be used, whoever they belong to. In one go, as a rule from afar.
+struct Show<'a> {
+    shown: Shown<'a>,
+    positions: &'a mut [i32],
+}
+
+impl Work for Show<'_> {
+    type Output = bool;
 
     #[inline(always)]
-    fn run<S: pulp::Simd>(self, _: S) -> Self::Output {
-        let Self { head: Head { positions, seen, .. }, pinned, recent, open } = self;
-        self.head.check()?;
-        let within =
-            |from: i32, to: i32| positions.iter().map(|&p| u32::from((p >= from) & (p < to))).sum::<u32>() as usize;
-        let first = pinned as i32;
+    fn run<L: Lanes>(self, _: L) -> bool {
+        let Self { shown: Shown { stored, columns, scores: [mass, peak, distinct], .. }, positions } = self;
+        let mut worst = distinct.iter().fold(0, |worst, value| worst.max(value.abs().to_bits()));
+        if mass.is_empty() {
+            positions[..stored.len()].copy_from_slice(stored);
+            positions[stored.len()..].copy_from_slice(columns);
+            return worst <= FINITE;
+        }
+        let at = stored.len();
+        let (to_stored, to_columns) = positions.split_at_mut(at);
+        let parts = [(stored, to_stored, &mass[..at], &peak[..at]), (columns, to_columns, &mass[at..], &peak[at..])];
+        for (from, to, mass, peak) in parts {
+            for ((to, &from), (mass, peak)) in to.iter_mut().zip(from).zip(mass.iter().zip(peak)) {
+                *to = from;
+                worst = worst.max(mass.to_bits()).max(peak.to_bits());
+            }
+        }
+        worst <= FINITE
+    }
+}
+
+/// Find between which positions the contests are: behind the pinned sinks, before the recent window. Returns how many candidates are there,
+/// too.
+struct Open<'a> {
+    positions: &'a [i32],
+    seen: usize,
+    pinned: usize,
+    recent: usize,
+}
+
+impl Work for Open<'_> {
+    type Output = (Range<i32>, usize);
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, _: L) -> Self::Output {
+        let Self { positions, seen, pinned, recent } = self;
+        let (first, none) = (pinned as i32, below(positions, 0));
         // Where a pinned sink is missing, one more is recent.
-        let window = recent + pinned - within(0, first);
+        let window = (recent + pinned).saturating_sub(below(positions, first) - none);
         // As a rule every token of the recent window is there, and none has to be searched.
         let mut newest = (seen.saturating_sub(window) as i32).max(first);
-        if within(newest, i32::MAX) != window {
+        if positions.len() - below(positions, newest) != window {
             let mut others: Vec<i32> = positions.iter().copied().filter(|&p| p >= first).collect();
             newest = match others.len().checked_sub(window) {
                 Some(from) if from < others.len() => *others.select_nth_unstable(from).1,
@@ -100,40 +172,68 @@ impl Work for Contest<'_> {
                 None => first,
             };
         }
-        for (open, &p) in open.iter_mut().zip(*positions) {
-            *open = u8::from((p >= first) & (p < newest));
-        }
-        Ok(within(first, newest))
+        (first..newest, below(positions, newest) - below(positions, first))
     }
 }
 
-/// Take the `k` of greatest worth among those that are open, which are more.
+/// Take the `k` of greatest worth among the candidates that are `within`, and drop those that are not. Returns how many are left.
 struct Take<'a> {
-    positions: &'a [i32],
-    worth: &'a [f32],
+    left: Head<'a>,
+    within: &'a Range<i32>,
+    /// What the candidates are worth, where that matters.
+    search: Option<&'a [f32]>,
+    /// Whether all are taken.
+    all: bool,
     ordinals: &'a mut [i32],
     k: usize,
-    left: usize,
+    /// How many are within.
+    count: usize,
     near: &'a mut i32,
-    open: &'a mut [u8],
+    /// The scores that are needed again.
+    needed: &'a [usize],
+    into: &'a mut Left,
 }
 
 impl Work for Take<'_> {
-    type Output = ();
+    type Output = usize;
 
     #[inline(always)]
-    fn run<S: pulp::Simd>(self, _: S) {
-        let Self { positions, worth, ordinals, k, left, near, open } = self;
-        let (mut least, mut most) = (i32::MAX, ABSENT);
-        for ((to, &worth), &open) in ordinals.iter_mut().zip(worth).zip(&*open) {
-            let own = ordinal(worth);
-            *to = if open > 0 { own } else { ABSENT };
-            most = most.max(*to);
-            least = least.min(if open > 0 { own } else { i32::MAX });
+    fn run<L: Lanes>(self, lanes: L) -> usize {
+        let Self { left, within, search, all, ordinals, k, count, near, needed, into } = self;
+        let positions = left.positions;
+        let inside = |position: i32| (position >= within.start) & (position < within.end);
+        let mut bound = if all { ABSENT } else { i32::MAX };
+        if let Some(worth) = search {
+            let (mut before_least, mut most) = (i32::MAX, ABSENT);
+            for ((to, &worth), &position) in ordinals.iter_mut().zip(worth).zip(positions) {
+                let own = ordinal(worth);
+                *to = if inside(position) { own } else { ABSENT };
+                most = most.max(*to);
+                // Of what is absent this is the greatest number there is.
+                before_least = before_least.min(to.wrapping_sub(1));
+            }
+            let field = Field { count, least: before_least + 1, most };
+            bound = cut(ordinals, positions, k, field, near).settle(ordinals, positions);
+        } else {
+            for (to, &position) in ordinals.iter_mut().zip(positions) {
+                *to = if inside(position) { 0 } else { ABSENT };
+            }
         }
-        let cut = cut(ordinals, positions, k, Field { count: left, least, most }, near);
-        for ((open, &ordinal), &position) in open.iter_mut().zip(&*ordinals).zip(positions) {
-            *open &= u8::from(!cut.takes(ordinal, position));
+        let n = positions.len();
+        let Left { index, positions: to, scores, .. } = into;
+        let (index, to) = (at_least(index, n), at_least(to, n));
+        let mut needed = needed.iter().filter(|&&which| !left.scores[which].is_empty());
+        let from = |which: usize| bytemuck::cast_slice(left.scores[which]);
+        into.count = if let Some(&first) = needed.next() {
+            let score = bytemuck::cast_slice_mut(at_least(&mut scores[first], n));
+            lanes.pack(ordinals, bound, [left.index, positions, from(first)], [index, to, score])
+        } else {
+            lanes.pack(ordinals, bound, [left.index, positions], [index, to])
+        };
+        for &which in needed {
+            let score = bytemuck::cast_slice_mut(at_least(&mut scores[which], n));
+            lanes.pack(ordinals, bound, [from(which)], [score]);
         }
+        into.count
     }
 }

@@ -3,38 +3,45 @@
 /// Bits of the largest finite float: a score that may be used has bits up to this, or those of -0.0.
 pub(crate) const FINITE: u32 = 0x7f7f_ffff;
 
+/// The bit of the sign.
+const SIGN: u32 = 1 << 31;
+
 /// Whether a mass or a peak may be used; by its bits, since some threads take small numbers for 0.
 #[inline(always)]
 pub(crate) fn valid(score: f32) -> bool {
-    score.to_bits() <= FINITE || score.to_bits() == (-0.0f32).to_bits()
+    score.to_bits() <= FINITE || score.to_bits() == SIGN
 }
 
 /// Which head, by number.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Place {
     pub(crate) layer: usize,
     pub(crate) row: usize,
     pub(crate) kv_head: usize,
 }
 
-/// The candidates of one head: its slots first, then the columns of a chunk.
+/// The candidates of one head; at first its slots and the columns of a chunk, then those of them that are left.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Head<'a> {
     pub(crate) place: Place,
-    /// Positions of the candidates; -1 for empty and queued slots and for padding, which are none.
-    pub(crate) positions: &'a [i32],
     /// One more than the newest position.
     pub(crate) seen: usize,
+    /// Which slot each is, or else, counted on from the last slot, which column.
+    pub(crate) index: &'a [i32],
+    /// Their positions; -1 for empty and queued slots and for padding, which are no candidates.
+    pub(crate) positions: &'a [i32],
     pub(crate) scores: Scores<'a>,
 }
 
-/// What is known about each candidate; empty where the strategy does not need it.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Scores<'a> {
-    pub(crate) mass: &'a [f32],
-    pub(crate) peak: &'a [f32],
-    pub(crate) distinct: &'a [f32],
-}
+/// What is known about each candidate: mass, peak and distinctness; empty where it is not needed.
+pub(crate) type Scores<'a> = [&'a [f32]; 3];
+
+/// Which of the [`Scores`].
+pub(crate) const MASS: usize = 0;
+/// See [`MASS`].
+pub(crate) const PEAK: usize = 1;
+/// See [`MASS`].
+pub(crate) const DISTINCT: usize = 2;
 
 /// A score that may not be used.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -46,21 +53,13 @@ pub(crate) struct BadScore {
 
 impl Head<'_> {
     /// Refuse a candidate's mass or peak that is not finite or negative, and a distinctness that is not finite.
-    #[inline(always)]
     pub(crate) fn check(&self) -> Result<(), BadScore> {
-        let Scores { mass, peak, distinct } = self.scores;
-        // The bits of what may be used, where those of the sign may be overlooked, are those of a finite number that is not negative.
-        for (name, values, bits) in
-            [("mass", mass, u32::MAX), ("peak", peak, u32::MAX), ("distinct", distinct, i32::MAX as u32)]
-        {
-            let candidates = self.positions.iter().zip(values);
-            let looked_at = |(&position, value): (&i32, &f32)| value.to_bits() & bits & !(position >> 31) as u32;
-            if candidates.clone().map(looked_at).fold(0, u32::max) <= FINITE {
-                continue;
-            }
+        // A sign may be overlooked where it means nothing.
+        let kinds = [("mass", u32::MAX), ("peak", u32::MAX), ("distinct", !SIGN)];
+        for ((name, mask), values) in kinds.into_iter().zip(self.scores) {
             let bad =
-                |(&position, &value): (&i32, &f32)| position >= 0 && !valid(f32::from_bits(value.to_bits() & bits));
-            if let Some(index) = candidates.clone().position(bad) {
+                |(&position, value): (&i32, &f32)| position >= 0 && !valid(f32::from_bits(value.to_bits() & mask));
+            if let Some(index) = self.positions.iter().zip(values).position(bad) {
                 return Err(BadScore { name, index, value: values[index] });
             }
         }

@@ -1,22 +1,24 @@
 //! What a token is worth when heavy hitters are chosen: one type per answer.
 
-use crate::head::Head;
+use std::ops::Range;
+
+use crate::head::{DISTINCT, Head, MASS, PEAK};
 use crate::select::ordinal;
-use crate::simd::{self, Work};
+use crate::simd::{self, Lanes, Work};
 use crate::spec::Spec;
 
 /// An answer to what tokens are worth.
 pub(crate) trait Score {
-    /// Write into `out` what every candidate of `head` is worth. Of those that are not `open` (0) nothing is read.
-    fn worth(&self, head: &Head<'_>, open: &[u8], out: &mut [f32]);
+    /// What every candidate of `head` is worth; only those whose positions are `within` matter. `out` is as long, to be used or not.
+    fn worth<'a>(&self, head: Head<'a>, within: &Range<i32>, out: &'a mut [f32]) -> &'a [f32];
 }
 
 /// The attention mass it gathered.
 pub(crate) struct Mass;
 
 impl Score for Mass {
-    fn worth(&self, head: &Head<'_>, _: &[u8], out: &mut [f32]) {
-        out.copy_from_slice(head.scores.mass);
+    fn worth<'a>(&self, head: Head<'a>, _: &Range<i32>, _: &'a mut [f32]) -> &'a [f32] {
+        head.scores[MASS]
     }
 }
 
@@ -24,8 +26,8 @@ impl Score for Mass {
 pub(crate) struct Peak;
 
 impl Score for Peak {
-    fn worth(&self, head: &Head<'_>, _: &[u8], out: &mut [f32]) {
-        out.copy_from_slice(head.scores.peak);
+    fn worth<'a>(&self, head: Head<'a>, _: &Range<i32>, _: &'a mut [f32]) -> &'a [f32] {
+        head.scores[PEAK]
     }
 }
 
@@ -35,8 +37,8 @@ impl Score for Peak {
 pub(crate) struct Distinct;
 
 impl Score for Distinct {
-    fn worth(&self, head: &Head<'_>, _: &[u8], out: &mut [f32]) {
-        out.copy_from_slice(head.scores.distinct);
+    fn worth<'a>(&self, head: Head<'a>, _: &Range<i32>, _: &'a mut [f32]) -> &'a [f32] {
+        head.scores[DISTINCT]
     }
 }
 
@@ -46,16 +48,17 @@ impl Score for Distinct {
 pub(crate) struct Pooled(pub(crate) usize);
 
 impl Score for Pooled {
-    fn worth(&self, head: &Head<'_>, open: &[u8], out: &mut [f32]) {
+    fn worth<'a>(&self, head: Head<'a>, within: &Range<i32>, out: &'a mut [f32]) -> &'a [f32] {
         let Self(reach) = *self;
-        let (positions, mass) = (head.positions, head.scores.mass);
-        let mut order: Vec<usize> = (0..positions.len()).filter(|&i| open[i] > 0).collect();
+        let (positions, mass) = (head.positions, head.scores[MASS]);
+        let mut order: Vec<usize> = (0..positions.len()).filter(|&i| within.contains(&positions[i])).collect();
         order.sort_unstable_by_key(|&i| positions[i]);
         for (rank, &i) in order.iter().enumerate() {
             let around = &order[rank.saturating_sub(reach)..(rank + reach + 1).min(order.len())];
             let near = around.iter().filter(|&&j| positions[i].abs_diff(positions[j]) as usize <= reach);
             out[i] = f32::from_bits(near.map(|&j| ordinal(mass[j])).fold(0, i32::max) as u32);
         }
+        out
     }
 }
 
@@ -63,10 +66,11 @@ impl Score for Pooled {
 pub(crate) struct Drawn;
 
 impl Score for Drawn {
-    fn worth(&self, head: &Head<'_>, _: &[u8], out: &mut [f32]) {
+    fn worth<'a>(&self, head: Head<'a>, _: &Range<i32>, out: &'a mut [f32]) -> &'a [f32] {
         for (out, &position) in out.iter_mut().zip(head.positions) {
             *out = drawn(head.place.layer, head.place.kv_head, position);
         }
+        out
     }
 }
 
@@ -134,12 +138,13 @@ impl Average {
 }
 
 impl Score for Averaged<'_> {
-    fn worth(&self, head: &Head<'_>, _: &[u8], out: &mut [f32]) {
+    fn worth<'a>(&self, head: Head<'a>, _: &Range<i32>, out: &'a mut [f32]) -> &'a [f32] {
         let Self(Average { gap, decay, factors, .. }) = self;
         // The position that no query has looked at which counts.
         let newest = head.seen.saturating_sub(*gap) as i32;
-        let (positions, mass) = (head.positions, head.scores.mass);
-        simd::dispatch(Fill { positions, mass, newest, factors, equal: *decay >= 1.0, out });
+        let Head { positions, scores: [mass, ..], .. } = head;
+        simd::dispatch(Fill { positions, mass, newest, factors, equal: *decay >= 1.0, out: &mut *out });
+        out
     }
 }
 
@@ -157,13 +162,23 @@ impl Work for Fill<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: pulp::Simd>(self, _: S) {
+    fn run<L: Lanes>(self, _: L) {
         let Self { positions, mass, newest, factors, equal, out } = self;
         let last = factors.len() - 1;
         // Of two numbers that are not negative the difference always fits.
         let queries = |position: i32| (newest - position.max(0)).max(0);
+        // First where each factor is, by the vector, in the place of the factor.
         for (out, &position) in out.iter_mut().zip(positions) {
-            *out = factors[last.min(queries(position) as usize)];
+            *out = f32::from_bits(queries(position).min(last as i32) as u32);
+        }
+        // Eight at a time, so that their look-ups need not wait for each other.
+        let factor = |at: f32| factors[(at.to_bits() as usize).min(last)];
+        let (eights, rest) = out.as_chunks_mut::<8>();
+        for eight in eights {
+            *eight = eight.map(factor);
+        }
+        for out in rest {
+            *out = factor(*out);
         }
         if equal {
             for (out, &position) in out.iter_mut().zip(positions) {
@@ -181,22 +196,22 @@ impl Work for Fill<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::head::{Place, Scores};
+    use crate::head::Place;
     use crate::params::{Name, Value};
 
-    const PLACE: Place = Place { layer: 0, row: 0, kv_head: 0 };
-
-    fn head<'a>(positions: &'a [i32], seen: usize, mass: &'a [f32]) -> Head<'a> {
-        Head { place: PLACE, positions, seen, scores: Scores { mass, ..Scores::default() } }
+    fn worth(score: &dyn Score, positions: &[i32], mass: &[f32], within: Range<i32>) -> Vec<f32> {
+        let mut out = vec![0.0; positions.len()];
+        let seen = within.end as usize;
+        let head = Head { place: Place::default(), seen, index: &[], positions, scores: [mass, &[], &[]] };
+        score.worth(head, &within, &mut out).to_vec()
     }
 
     #[test]
     fn a_pool_reaches_over_positions() {
         // Slot 3 is queued, slot 1 empty; 20 is too far from 10, and 21 and 22 are recent.
-        let (positions, open) = ([10, -1, 5, -1, 7, 20, 21, 22], [1, 0, 1, 0, 1, 1, 0, 0]);
+        let positions = [10, -1, 5, -1, 7, 20, 21, 22];
         let mass = [1.0, 90.0, 4.0, 80.0, 2.0, 0.5, 60.0, 70.0];
-        let mut pooled = [0.0; 8];
-        Pooled(3).worth(&head(&positions, 23, &mass), &open, &mut pooled);
+        let pooled = worth(&Pooled(3), &positions, &mass, 0..21);
         assert_eq!(pooled, [2.0, 0.0, 4.0, 0.0, 4.0, 0.5, 0.0, 0.0]);
     }
 
@@ -224,9 +239,7 @@ mod tests {
         average.cover(seen);
         let mass: Vec<f32> =
             positions.iter().map(|&position| mass(position, spec.mass_decay(), spec.look_gap() as i32)).collect();
-        let mut out = vec![0.0; positions.len()];
-        Averaged(&average).worth(&head(positions, seen, &mass), &[], &mut out);
-        out
+        worth(&Averaged(&average), positions, &mass, 0..seen as i32)
     }
 
     #[test]

@@ -37,18 +37,23 @@ pub struct Cut {
 }
 
 impl Cut {
-    /// Whether it takes what has this ordinal and this position.
+    /// Mark what is taken of those equal to the cut as absent; returns the ordinal that all others that are taken reach.
     #[inline(always)]
-    #[must_use]
-    pub fn takes(self, ordinal: i32, position: i32) -> bool {
-        (ordinal > self.ordinal) | ((ordinal == self.ordinal) & (position >= self.position))
+    pub fn settle(self, ordinals: &mut [i32], positions: &[i32]) -> i32 {
+        if self.position == i32::MIN {
+            return self.ordinal;
+        }
+        for (ordinal, &position) in ordinals.iter_mut().zip(positions) {
+            *ordinal = if (*ordinal == self.ordinal) & (position >= self.position) { ABSENT } else { *ordinal };
+        }
+        self.ordinal + 1
     }
 }
 
-/// How many ordinals are at least `least`.
+/// How many numbers are below `bound`.
 #[inline(always)]
-fn reaching(ordinals: &[i32], least: i32) -> usize {
-    ordinals.iter().map(|&ordinal| u32::from(ordinal >= least)).sum::<u32>() as usize
+pub(crate) fn below(numbers: &[i32], bound: i32) -> usize {
+    numbers.iter().map(|&number| u32::from(bound > number)).sum::<u32>() as usize
 }
 
 /// Where to cut so that `k` of the field are taken, at least one of which stays outside. `positions` settle ties.
@@ -61,21 +66,27 @@ pub fn cut(ordinals: &[i32], positions: &[i32], k: usize, field: Field, near: &m
     // `low` takes `over` too many, `high` takes `under` too few.
     let (mut low, mut over) = (i64::from(field.least), field.count - k);
     let (mut high, mut under) = (i64::from(field.most) + 1, k);
-    let mut turn = 0u32;
+    // By what a guess goes: the same, but halved while the other end moves, so that a guess falls on its other side (the Illinois rule).
+    let (mut to_high, mut to_low) = (over as f64, under as f64);
+    let (mut turn, mut moved_low) = (0u32, None);
     while high - low > 1 {
         let width = high - low;
         let guess = match turn {
             0 => i64::from(*near),
             // Halving now and then bounds the number of turns whatever the distribution.
-            _ if turn % 4 == 3 => low + width / 2,
-            _ => low + (width as f64 * over as f64 / (over + under) as f64) as i64,
+            _ if turn % 8 == 7 => low + width / 2,
+            _ => low + (width as f64 * to_high / (to_high + to_low)) as i64,
         };
         let guess = guess.clamp(low + 1, high - 1);
-        let count = reaching(ordinals, guess as i32);
+        let count = ordinals.len() - below(ordinals, guess as i32);
+        let again = if moved_low == Some(count > k) { 0.5 } else { 1.0 };
+        moved_low = Some(count > k);
         if count > k {
             (low, over) = (guess, count - k);
+            (to_high, to_low) = (over as f64, to_low * again);
         } else {
             (high, under) = (guess, k - count);
+            (to_high, to_low) = (to_high * again, under as f64);
         }
         if under == 0 {
             *near = guess as i32;
@@ -95,7 +106,7 @@ pub fn cut(ordinals: &[i32], positions: &[i32], k: usize, field: Field, near: &m
 mod tests {
     use super::*;
     use crate::simd::tests::everywhere;
-    use crate::simd::{Work, dispatch};
+    use crate::simd::{Lanes, Work, dispatch};
 
     struct Chosen<'a> {
         scores: &'a [f32],
@@ -108,15 +119,17 @@ mod tests {
         type Output = Vec<usize>;
 
         #[inline(always)]
-        fn run<S: pulp::Simd>(self, _: S) -> Vec<usize> {
+        fn run<L: Lanes>(self, _: L) -> Vec<usize> {
             let Self { scores, positions, k, near } = self;
             // Every seventh takes no part.
-            let ordinals: Vec<i32> =
+            let mut ordinals: Vec<i32> =
                 (0..scores.len()).map(|i| if i % 7 == 6 { ABSENT } else { ordinal(scores[i]) }).collect();
             let part = || ordinals.iter().copied().filter(|&ordinal| ordinal > ABSENT);
             let field = Field { count: part().count(), least: part().min().unwrap(), most: part().max().unwrap() };
-            let cut = cut(&ordinals, positions, k, field, near);
-            (0..scores.len()).filter(|&i| cut.takes(ordinals[i], positions[i])).collect()
+            let before = ordinals.clone();
+            let bound = cut(&ordinals, positions, k, field, near).settle(&mut ordinals, positions);
+            let stays = |i: usize| before[i] > ABSENT && (ordinals[i] == ABSENT || ordinals[i] >= bound);
+            (0..scores.len()).filter(|&i| stays(i)).collect()
         }
     }
 

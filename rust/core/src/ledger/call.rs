@@ -1,9 +1,10 @@
 //! A call of the model from its first to its last step: the slots that are overwritten now, and those that are next.
 
 use super::{Call, Failure, Ledger, Ring, SCRATCH, Shape, Slots, WORTH_THREADS, at, needed, score_error, wrap};
-use crate::decide::Rule;
+use crate::decide::{Rule, Scratch, Shown};
 use crate::error::{Result, fail};
-use crate::head::{Head, Place, Scores};
+use crate::head::Place;
+use crate::simd::{self, Lanes, Work};
 use crate::split::MOST_TOKENS;
 use crate::threads;
 use crate::view::{View, ViewMut};
@@ -119,42 +120,101 @@ impl Ledger {
         let heads = heads.filter(|&(head, _)| due[shape.place(head).row] > 0);
         threads::for_each(threads, heads, |(head, queue)| {
             let (place, here) = (shape.place(head), shape.of(head));
-            let scores = Scores {
-                mass: scores.map_or(&[], |(mass, _)| &mass[here.clone()]),
-                peak: scores.map_or(&[], |(_, peak)| &peak[here.clone()]),
-                distinct: distinct.map_or(&[], |distinct| &distinct[here.clone()]),
-            };
-            let head_now = Head { place, positions: &positions[here], seen: seen[place.row], scores };
+            let scores = [
+                scores.map_or(&[][..], |(mass, _)| &mass[here.clone()]),
+                scores.map_or(&[][..], |(_, peak)| &peak[here.clone()]),
+                distinct.map_or(&[][..], |distinct| &distinct[here.clone()]),
+            ];
             let heavy = spec.heavy(average.as_ref());
             let rule = Rule { split, adaptive: spec.adaptive(), heavy: &*heavy };
-            failure.note(head, append(head_now, &rule, due[place.row], queue, rings[place.row]));
+            let Ring { start, len } = rings[place.row];
+            let shown = Shown { place, seen: seen[place.row], stored: &positions[here], columns: &[], scores };
+            SCRATCH.with_borrow_mut(|scratch| {
+                let queued = (0..len).map(|i| queue[wrap(start + i, shape.slots)]);
+                let victims = victims(scratch, shown, queued, &rule, due[place.row]);
+                match victims {
+                    Ok(victims) => {
+                        for (i, slot) in (len..).zip(victims) {
+                            queue[wrap(start + i, shape.slots)] = slot;
+                        }
+                    }
+                    Err(error) => failure.note(head, error),
+                }
+            });
         });
         failure.first()
     }
 }
 
-/// Append a head's next victims to its queue, oldest first.
-fn append(head: Head<'_>, rule: &Rule<'_>, due: usize, queue: &mut [i32], Ring { start, len }: Ring) -> Result<()> {
-    let slots = queue.len();
-    SCRATCH.with_borrow_mut(|(scratch, positions)| {
-        positions.clear();
-        positions.extend_from_slice(head.positions);
-        for i in 0..len {
-            positions[queue[wrap(start + i, slots)] as usize] = -1;
+/// The slots that a head gives up next, oldest first.
+fn victims(
+    scratch: &mut Scratch,
+    shown: Shown<'_>,
+    queued: impl Iterator<Item = i32>,
+    rule: &Rule<'_>,
+    due: usize,
+) -> Result<Vec<i32>> {
+    let place = shown.place;
+    let [slots, positions] = scratch.decide(shown, queued, Some(rule)).map_err(|bad| score_error(place, bad))?;
+    if slots.len() != due {
+        let n = slots.len();
+        fail!(Cache, "{} offers {n} victims where {due} are due: positions were changed from outside", at(place));
+    }
+    Ok(simd::dispatch(Order { slots, positions }))
+}
+
+/// As many victims are compared with each other rather than sorted.
+const FEW: usize = 64;
+
+/// Put slots in the order of their positions.
+struct Order<'a> {
+    slots: &'a [i32],
+    positions: &'a [i32],
+}
+
+impl Work for Order<'_> {
+    type Output = Vec<i32>;
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, _: L) -> Vec<i32> {
+        let Self { slots, positions } = self;
+        let n = slots.len();
+        if n <= FEW {
+            let (mut own, mut older) = ([0; FEW], [0u32; FEW]);
+            own[..n].copy_from_slice(positions);
+            for &other in positions {
+                for (older, &own) in older.iter_mut().zip(&own) {
+                    *older += u32::from(other < own);
+                }
+            }
+            // One of every two is older, unless they are equally old, which in a sound ledger none are.
+            if older[..n].iter().sum::<u32>() as usize == n * n.saturating_sub(1) / 2 {
+                let mut ordered = vec![0; n];
+                slots.iter().zip(older).for_each(|(&slot, older)| ordered[older as usize] = slot);
+                return ordered;
+            }
         }
-        scratch.decide(&Head { positions, ..head }, rule).map_err(|bad| score_error(head.place, bad))?;
-        let victims = scratch.dropped(positions);
-        if victims.len() != due {
-            let n = victims.len();
-            fail!(
-                Cache,
-                "{} offers {n} victims where {due} are due: positions were changed from outside",
-                at(head.place)
-            );
+        let mut order: Vec<_> = positions.iter().zip(slots).collect();
+        order.sort_unstable();
+        order.into_iter().map(|(_, &slot)| slot).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::simd::tests::everywhere;
+
+    #[test]
+    fn victims_come_in_the_order_of_their_positions() {
+        for n in [0, 1, 5, 63, 64, 65, 200] {
+            let slots: Vec<i32> = (0..n).map(|i| 2 * i + 1).collect();
+            // Some in one place, which no sound ledger has.
+            let positions: Vec<i32> = (0..n).map(|i| i * 7919 % 1_000_003 % 150).collect();
+            let mut naive: Vec<_> = positions.iter().zip(&slots).collect();
+            naive.sort();
+            let naive: Vec<i32> = naive.into_iter().map(|(_, &slot)| slot).collect();
+            everywhere(|| assert_eq!(simd::dispatch(Order { slots: &slots, positions: &positions }), naive));
         }
-        for (i, &slot) in victims.iter().enumerate() {
-            queue[wrap(start + len + i, slots)] = slot as i32;
-        }
-        Ok(())
-    })
+    }
 }

@@ -1,9 +1,9 @@
 //! Calls that bring a row two tokens or more: which of the stored and the new ones stay.
 
 use super::{Call, Failure, Ledger, Place, SCRATCH, Shape, Slots, WORTH_THREADS, at, needed, score_error};
-use crate::decide::Rule;
+use crate::decide::{Rule, Shown};
 use crate::error::{Result, fail};
-use crate::head::{Head, Scores};
+use crate::head::{DISTINCT, Scores};
 use crate::threads;
 use crate::view::{View, ViewMut};
 
@@ -101,54 +101,56 @@ impl Ledger {
             let wide = i * (per_head + n)..(i + 1) * (per_head + n);
             let place = Place { layer, row: rows[row], kv_head: i % kv_heads };
             let stored = &slots.positions[self.shape.of(self.shape.head(place))];
-            let scores = Scores {
-                mass: scores.map_or(&[], |(mass, _)| &mass.data()[wide.clone()]),
-                peak: scores.map_or(&[], |(_, peak)| &peak.data()[wide.clone()]),
-                distinct: distinct.map_or(&[], |distinct| &distinct[wide]),
-            };
-            let head = Head { place, positions: stored, seen: self.seen[rows[row]], scores };
-            failure.note(i, self.fill(head, lengths[row], &columns[row * n..][..n], source));
+            let scores = [
+                scores.map_or(&[][..], |(mass, _)| &mass.data()[wide.clone()]),
+                scores.map_or(&[][..], |(_, peak)| &peak.data()[wide.clone()]),
+                distinct.map_or(&[][..], |distinct| &distinct[wide]),
+            ];
+            let candidates = [stored, &columns[row * n..][..n]];
+            if let Err(error) = self.fill(place, lengths[row], candidates, scores, source) {
+                failure.note(i, error);
+            }
         });
         failure.first()?;
         Ok(Plan { source, columns })
     }
 
-    /// Fill `source` with the column that goes into each slot of a head, which shows its slots only.
-    fn fill(&self, head: Head<'_>, len: usize, columns: &[i32], source: &mut [i32]) -> Result<()> {
-        let Head { place, positions: stored, seen, .. } = head;
-        let count = stored.iter().filter(|&&p| p >= 0).count();
-        let due = self.stored(seen - len);
+    /// Fill `source` with the column that goes into each slot of a head.
+    fn fill(
+        &self,
+        place: Place,
+        len: usize,
+        [stored, columns]: [&[i32]; 2],
+        scores: Scores<'_>,
+        source: &mut [i32],
+    ) -> Result<()> {
+        let seen = self.seen[place.row];
+        let (count, due) = (stored.iter().filter(|&&p| p >= 0).count(), self.stored(seen - len));
         if count != due {
             let place = at(place);
             fail!(Cache, "{place} stores {count} tokens where {due} are due: positions were changed from outside");
         }
-        SCRATCH.with_borrow_mut(|(scratch, positions)| {
-            positions.clear();
-            positions.extend_from_slice(stored);
-            positions.extend_from_slice(columns);
-            let head = Head { positions, ..head };
-            if count + len > stored.len() {
-                if self.spec.distinct() && head.scores.distinct.is_empty() {
-                    fail!(Tensor, "{} needs distinct, got None", self.spec.strategy().name);
-                }
-                let heavy = self.spec.heavy(self.average.as_ref());
-                let split = self.spec.split(stored.len());
-                let rule = Rule { split, adaptive: self.spec.adaptive(), heavy: &*heavy };
-                scratch.decide(&head, &rule).map_err(|bad| score_error(place, bad))?;
-            } else {
-                head.check().map_err(|bad| score_error(place, bad))?;
-                scratch.open.clear();
-                scratch.open.resize(positions.len(), 0);
-            }
+        let full = count + len > stored.len();
+        if full && self.spec.distinct() && scores[DISTINCT].is_empty() {
+            fail!(Tensor, "{} needs distinct, got None", self.spec.strategy().name);
+        }
+        let heavy = self.spec.heavy(self.average.as_ref());
+        let rule = Rule { split: self.spec.split(stored.len()), adaptive: self.spec.adaptive(), heavy: &*heavy };
+        let shown = Shown { place, seen, stored, columns, scores };
+        SCRATCH.with_borrow_mut(|scratch| {
+            let dropped = scratch.decide(shown, std::iter::empty(), full.then_some(&rule));
+            let [dropped, _] = dropped.map_err(|bad| score_error(place, bad))?;
             // The oldest of the columns that stay goes into the first slot that is free.
-            let (of_slots, of_columns) = scratch.open.split_at(stored.len());
-            let mut staying = (0..columns.len()).filter(|&column| columns[column] >= 0 && of_columns[column] == 0);
-            source.fill(-1);
-            for ((source, &position), &dropped) in source.iter_mut().zip(stored).zip(of_slots) {
-                if position < 0 || dropped > 0 {
-                    let Some(column) = staying.next() else { break };
-                    *source = column as i32;
-                }
+            let (of_slots, of_columns) = dropped.split_at(dropped.partition_point(|&i| (i as usize) < stored.len()));
+            let mut stays: Vec<bool> = columns.iter().map(|&position| position >= 0).collect();
+            for &i in of_columns {
+                stays[i as usize - stored.len()] = false;
+            }
+            let mut staying = (0..).zip(stays).filter_map(|(column, stays)| stays.then_some(column));
+            let mut of_slots = of_slots.iter().peekable();
+            for ((slot, source), &position) in (0..).zip(source).zip(stored) {
+                let free = of_slots.next_if_eq(&&slot).is_some() || position < 0;
+                *source = if free { staying.next().unwrap_or(-1) } else { -1 };
             }
             Ok(())
         })

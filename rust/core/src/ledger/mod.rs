@@ -24,8 +24,7 @@ use crate::view::{View, ViewMut};
 const WORTH_THREADS: usize = 1 << 16;
 
 thread_local! {
-    /// What decisions need again and again, and the positions of the candidates.
-    static SCRATCH: RefCell<(Scratch, Vec<i32>)> = RefCell::default();
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
 /// Extents of the slot tensors.
@@ -299,8 +298,7 @@ fn wrap(i: usize, len: usize) -> usize {
 struct Failure(Mutex<Option<(usize, Error)>>);
 
 impl Failure {
-    fn note(&self, head: usize, outcome: Result<()>) {
-        let Err(error) = outcome else { return };
+    fn note(&self, head: usize, error: Error) {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if known.as_ref().is_none_or(|(first, _)| head < *first) {
             *known = Some((head, error));

@@ -165,7 +165,9 @@ impl Machine {
         let wide = slots + n;
         let mut draw = || (0..rows.len() * kv_heads * wide).map(|_| choices.score()).collect::<Vec<_>>();
         let (mass, peak, mut distinct) = (draw(), draw(), draw());
-        distinct.iter_mut().for_each(|distinct| *distinct -= 0.2);
+        for distinct in &mut distinct {
+            *distinct -= 0.2;
+        }
         let mut source = vec![-7; rows.len() * kv_heads * slots];
         let wanted = self.spec.strategy().scored;
         let (ledger, mut tensors) = self.slots();

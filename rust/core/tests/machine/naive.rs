@@ -151,14 +151,14 @@ impl Head {
         let mut left = candidates.to_vec();
         left.sort_by_key(|token| token.position);
         let mut kept = Vec::new();
-        if !self.spec.adaptive() {
+        if self.spec.adaptive() {
+            kept.extend(left.drain(left.len() - recent..));
+            take(&mut left, &mut kept, sinks, |token| self.judged(token));
+        } else {
             let first = left.iter().take_while(|token| token.position < sinks).count();
             kept.extend(left.drain(..first));
             let newest = count - kept.len() - distincts - peaks - masses;
             kept.extend(left.drain(left.len() - newest..));
-        } else {
-            kept.extend(left.drain(left.len() - recent..));
-            take(&mut left, &mut kept, sinks, |token| self.judged(token));
         }
         take(&mut left, &mut kept, distincts, |token| token.distinct);
         take(&mut left, &mut kept, peaks, |token| token.peak);
