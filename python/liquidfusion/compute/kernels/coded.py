@@ -149,8 +149,12 @@ def _attend(
 
     s = start + tl.arange(0, BLOCK_S)
     # One tile ahead of their use: what is this small is not loaded in stages.
-    key_scale = tl.load(key_scales + s, mask=s < stop, other=0.0).to(tl.float32) if K_BITS < 16 else 1.0
-    value_scale = tl.load(value_scales + s, mask=s < stop, other=0.0).to(tl.float32) if V_BITS < 16 else 1.0
+    key_scale = tl.full([BLOCK_S], 1.0, tl.float32)
+    value_scale = tl.full([BLOCK_S], 1.0, tl.float32)
+    if K_BITS < 16:
+        key_scale = tl.load(key_scales + s, mask=s < stop, other=0.0).to(tl.float32)
+    if V_BITS < 16:
+        value_scale = tl.load(value_scales + s, mask=s < stop, other=0.0).to(tl.float32)
     top = tl.full([BLOCK_G], float("-inf"), tl.float32)
     sums = tl.zeros([BLOCK_S, BLOCK_G], tl.float32)
     counted = tl.zeros([BLOCK_S, BLOCK_G], tl.float32)
@@ -273,7 +277,7 @@ def _words(codes: Tensor, bits: int) -> Tensor:
 
 def _count(width: int, bits: int) -> int:
     """Words of a vector, up to the next power of two; the matrix units take 16 coordinates at least."""
-    return triton.next_power_of_2(max(triton.cdiv(width * bits // 8, 4), 1 if bits == 2 else 2))
+    return int(triton.next_power_of_2(max(triton.cdiv(width * bits // 8, 4), 1 if bits == 2 else 2)))
 
 
 def _run(
