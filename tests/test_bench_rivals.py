@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 
-from benchmodel import loaded
+from benchmodel import directory, loaded
 from liquidfusion.bench import decoding
 from liquidfusion.bench.caches import FrameworkCache
+from liquidfusion.bench.cli import main
 from liquidfusion.bench.rivals import Framework, Press, RivalError, parse
 from liquidfusion.bench.rivals.names import PYTHON
 from liquidfusion.bench.rivals.process import Process
+from liquidfusion.bench.sweep.cells import Grid
 from liquidfusion.bench.tasks.answering import Prompt, answer, full_bytes
 from liquidfusion.exceptions import ConfigError
 
@@ -168,3 +172,73 @@ def test_what_a_press_dies_of_is_said_and_the_next_one_runs() -> None:
     with pytest.raises(RivalError, match=r"kvpress .* has no NoSuchPress; it has .*KeyDiffPress"):
         answer(model, tokenizer, Press("NoSuchPress", interpreter(), budget=4), asked(1))
     assert answer(model, tokenizer, Press("KnormPress", interpreter(), budget=4), asked(1))
+
+
+def command(*arguments: str, out: Path) -> int:
+    return main([*arguments, "--device", "cpu", "--output-dir", str(out), "--quiet"])
+
+
+def test_run_measures_rivals_beside_a_strategy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--task", "reasoning", "--limit", "1", "--max-tokens", "4", "--set", "terms=3", "--budget", "32")
+    rivals = ("--rival", "transformers:DynamicCache,QuantizedCache(backend='fp8')")
+    assert command("run", "--model", str(directory()), *arguments, *rivals, out=tmp_path) == 0
+    found = [json.loads(path.read_text(encoding="utf8")) for path in tmp_path.glob("*.json")]
+    by_strategy = {document["metadata"]["strategy"]: document for document in found}
+    assert set(by_strategy) == {
+        "full",
+        "liquid_fusion",
+        "transformers:DynamicCache",
+        "transformers:QuantizedCache(backend='fp8')",
+    }
+    texts = {name: document["results"][0]["result"]["choices"][0]["text"] for name, document in by_strategy.items()}
+    assert texts["transformers:DynamicCache"] == texts["full"]
+    for document in found:
+        scores = document["results"][0]["result"]["scores"]
+        assert {"cache_bytes", "share", "second_pass", "question_seen"} <= set(scores)
+        assert document["metrics"]["cache_bytes"]["full"] == by_strategy["full"]["metrics"]["cache_bytes"]["value"]
+    assert main(["report", str(tmp_path), "--quiet"]) == 0
+    capsys.readouterr()
+
+
+def test_sweeps_and_experiments_take_rivals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = Grid(
+        models=[str(directory())],
+        tasks={"reasoning": {"limit": 1}},
+        strategies=["streaming"],
+        budgets=[16, 32],
+        rival=["kvpress:KeyDiffPress,full,transformers:DynamicCache"],
+    )
+    named = [(cell.strategy, cell.size) for cell in grid.cells()]
+    assert named == [
+        ("full", "unbounded"),
+        ("streaming", "16t"),
+        ("streaming", "32t"),
+        ("kvpress:KeyDiffPress", "16t"),
+        ("kvpress:full", "default"),
+        ("transformers:DynamicCache", "default"),
+        ("kvpress:KeyDiffPress", "32t"),
+    ]
+    words = [f"models=[{directory()}]", "strategies=[full]", "budgets=[16]", "rival=[transformers:DynamicCache]"]
+    assert main(["experiment", "--dry-run", "tasks={reasoning: {limit: 1}}", *words]) == 0
+    assert "# 2 cells" in capsys.readouterr().out
+    words = ("sweep", "--models", str(directory()), "--tasks", "reasoning", "--strategies", "full", "--budgets", "16")
+    assert command(*words, "--rival", "kvpress:KeyDiff Press", out=tmp_path) == 2
+    assert "is not a name, or a call such as" in capsys.readouterr().err
+
+
+def test_a_task_without_prompts_refuses_a_press(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (
+        "run",
+        "--model",
+        str(directory()),
+        "--task",
+        "recall",
+        "--limit",
+        "1",
+        "--context",
+        "128",
+        "--budget",
+        "32",
+    )
+    assert command(*words, "--rival", "kvpress:KeyDiffPress", "--rival-python", "python", out=tmp_path) == 1
+    assert "answers in a process of its own: this task cannot use it" in capsys.readouterr().err

@@ -77,7 +77,7 @@ def sweep(
         memory=inputs.words(caches.memory),
         bits=caches.bits or [],
         parameters=(grid or {}) | inputs.parameters(caches.parameter or []),
-        rivals=rivals.rival or [],
+        rival=rivals.rival or [],
         rival_python=rivals.python,
         seed=given.seed,
         dtype=device.dtype,

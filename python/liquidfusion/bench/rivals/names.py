@@ -151,14 +151,16 @@ class Framework:
         """
         node = _parsed(self.call)
         name = node.id if isinstance(node, ast.Name) else ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-        kind: Any = getattr(transformers, name, None)
-        if not (isinstance(kind, type) and issubclass(kind, Cache)):
+        found = getattr(transformers, name, None)
+        if not (isinstance(found, type) and issubclass(found, Cache)):
             raise ConfigError(f"transformers {transformers.__version__} has no cache {name!r}")
+        kind: Any = found  # each takes what it likes
         named = {word.arg: ast.literal_eval(word.value) for word in getattr(node, "keywords", []) if word.arg}
         try:
-            return kind(config=model.config, **named)
+            made: Cache = kind(config=model.config, **named)
         except (ImportError, TypeError, ValueError) as error:
             raise ConfigError(f"rival {self.strategy}: {' '.join(str(error).split())}") from error
+        return made
 
     @staticmethod
     def held(cache: Cache) -> int:
@@ -213,8 +215,8 @@ def parse(
         if colon and before.isidentifier():
             family, word = before, after.strip()
         if family == "kvpress":
-            sizes = {} if word == "full" else {"cache_size": cache_size, "budget": budget, "memory": memory}
-            found.append(Press(word, python, **sizes))
+            size = (None, None, None) if word == "full" else (cache_size, budget, memory)
+            found.append(Press(word, python, *size))
         elif family == "transformers":
             found.append(Framework(word))
         else:

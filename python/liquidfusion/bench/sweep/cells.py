@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from liquidfusion.bench import results, runner
-from liquidfusion.bench.caches import CacheOptions, FrameworkCache, parse_bytes
+from liquidfusion.bench.caches import CacheOptions, parse_bytes
 from liquidfusion.bench.models import check_name
 from liquidfusion.bench.rivals import Rival, parse
 from liquidfusion.exceptions import ConfigError
@@ -82,7 +82,7 @@ class Cell:
 def reference(task: str) -> CacheOptions | None:
     """Return the cache of a task's reference; None is transformers' own."""
     chosen = runner.find_task(task).reference
-    return None if isinstance(chosen, FrameworkCache) else chosen
+    return chosen if isinstance(chosen, CacheOptions) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +99,7 @@ class Grid:
         Of keys and values, as :func:`liquidfusion.bench.caches.parse_bits` takes them; none: the model's own.
     parameters
         Parameters of the strategies and options of the cache: a value, or a list of which each is taken.
-    rivals
+    rival
         Other people's methods, as :func:`liquidfusion.bench.rivals.parse` takes them, at the same sizes.
     rival_python
         The interpreter for kvpress.
@@ -115,7 +115,7 @@ class Grid:
     memory: Sequence[Any] = ()
     bits: Sequence[Any] = ()
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    rivals: Sequence[str] = ()
+    rival: Sequence[str] = ()
     rival_python: str | None = None
     seed: int = 0
     dtype: str = "auto"
@@ -142,7 +142,7 @@ class Grid:
             runner.find_task(task)
         caches: list[CacheOptions | Rival] = [c for strategy in self.strategies for c in self._caches(strategy)]
         sizes = self._sizes() or [{}]
-        caches += [c for text in self.rivals for size in sizes for c in parse(text, python=self.rival_python, **size)]
+        caches += [c for text in self.rival for size in sizes for c in parse(text, python=self.rival_python, **size)]
         pairs = list(itertools.product(self.models, self.tasks))
         wanted: list[tuple[str, str, CacheOptions | Rival | None]] = [(*pair, reference(pair[1])) for pair in pairs]
         wanted += [(*pair, cache) for pair in pairs for cache in caches]

@@ -30,7 +30,7 @@ class Experiment:
     memory: list[str]
     bits: list[str]
     parameters: dict[str, Any]
-    rivals: list[str]
+    rival: list[str]
     rival_python: str
     tasks: dict[str, Any]
     device: str

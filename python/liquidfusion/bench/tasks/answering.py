@@ -183,11 +183,11 @@ def _batch(
     seconds = time.perf_counter() - start
     known: dict[str, Any] = {**facts(store), "passes": 1.0, "first": first}
     held = (cache.held(store) if isinstance(cache, Framework) else known["cache_bytes"]) // len(prompts)
-    for row, one in zip(prompts, answers, strict=True):
-        one.text = _cut(tokenizer.decode(one.tokens, skip_special_tokens=True), row.stop)
+    for prompt, one in zip(prompts, answers, strict=True):
+        one.text = _cut(tokenizer.decode(one.tokens, skip_special_tokens=True), prompt.stop)
         one.seconds = seconds
         # An unbounded cache also holds the padding of shorter rows and room to grow: neither is the method's.
-        own = min(held, full_bytes(model, row.length + one.fed)) if known["budget"] is None else held
+        own = min(held, full_bytes(model, prompt.length + one.fed)) if known["budget"] is None else held
         one.facts = {**known, "cache_bytes": own, "allocated_bytes": held}
     return answers
 

@@ -37,7 +37,7 @@ DATASETS = {
 }
 """Name → hub id, configuration, split, column of the problem, column of the answer."""
 
-_FIELDS = (("question", "answer"), ("problem", "answer"), ("Problem", "Answer"))
+_FIELDS = (("question", "answer"), ("problem", "answer"), ("Problem", "answer"))
 
 
 def reasoning(
@@ -141,17 +141,17 @@ def _arithmetic(limit: int, terms: int, examples: int, rng: random.Random) -> li
 def _read(data: Path | None, dataset: str, limit: int) -> list[Problem]:
     if data is not None:
         rows = read_jsonl(data, ("answer",), limit)
-        names = next((pair for pair in _FIELDS if all(pair[0] in row for row in rows)), None)
-        if names is None:
+        found = next((pair for pair in _FIELDS if all(pair[0] in row for row in rows)), None)
+        if found is None:
             raise ConfigError(f"{data}: each object needs question or problem, and answer")
+        asked, truth = found
     elif dataset in DATASETS:
-        hub_id, name, split, *names = DATASETS[dataset]
+        hub_id, name, split, asked, truth = DATASETS[dataset]
         rows = load_dataset(hub_id, name, split, limit)
     else:
         raise ConfigError(
             f"dataset {dataset!r} is unknown; accepted: arithmetic, {', '.join(DATASETS)}, or a .jsonl file"
         )
-    asked, truth = names
     return [Problem(str(row[asked]).strip() + _BOXED, final(str(row[truth]))) for row in rows]
 
 
