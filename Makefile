@@ -46,7 +46,7 @@ $(BIN)/maturin: | $(BIN)/python
 
 # maturin installs the dependencies and the extras before it links the extension into the environment.
 $(VENV)/.stamp-build: pyproject.toml $(RUST_SOURCES) | $(BIN)/maturin
-	$(BIN)/maturin develop --release --extras dev,bench
+	$(BIN)/maturin develop --release --extras dev,bench,serve
 	@touch $@
 
 # The default model is data in a wheel; the packages it asks for are not needed to read it.

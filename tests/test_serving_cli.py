@@ -53,7 +53,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["--conversations", "8 stones"], "8 stones"),
         (["--max-body", "x"], "size 'x'"),
         (["--parameter", "sink_size"], "NAME=VALUE"),
-        (["--port", "70000"], "70000"),
+        (["--port", "70000"], "65535"),
         (["--nonsense"], "nonsense"),
         (["nowhere/at/all/.."], "nowhere"),
     ],
@@ -101,14 +101,9 @@ def test_the_makers_parameters() -> None:
     class Model:
         generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9, eos_token_id=[1, 2])
 
-    class Tokenizer:
-        eos_token_id = 3
-
     assert launch.defaults(Model) == {"temperature": 0.6, "top_p": 0.9}
-    assert launch.ends(Model, Tokenizer) == {1, 2, 3}
     Model.generation_config = GenerationConfig(eos_token_id=1)
     assert launch.defaults(Model) == {}
-    assert launch.ends(Model, Tokenizer) == {1, 3}
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +161,7 @@ def test_a_chat_program(running: Any, tmp_path: Path) -> None:
     )
     (tmp_path / "keys.json").write_text('{"here": "one"}')
     environment = os.environ | {"LLM_USER_PATH": str(tmp_path), "PYTHONWARNINGS": "ignore", "LLM_LOAD_PLUGINS": ""}
-    for more in ([], ["--no-stream"], ["--continue"], ["-o", "temperature", "0.5", "-o", "seed", "3"]):
+    for more in ([], ["--continue", "--no-stream"], ["-o", "temperature", "0.5", "-o", "seed", "3"]):
         done = subprocess.run(
             [sys.executable, "-m", "llm", "-m", "local", "Grüße", *more],
             env=environment,

@@ -73,6 +73,10 @@ def test_a_stream_says_the_same(client: Any) -> None:
     assert chunks[-1].usage == ask(client).usage
     assert all(chunk.usage is None for chunk in chunks[:-1])
     assert all(chunk.choices for chunk in ask(client, stream=True))
+    told = list(ask(client, stream=True, extra_body={"stream_options": {"continuous_usage_stats": True}}))
+    # A token a byte: a character of three is told once it is whole.
+    assert [chunk.usage.completion_tokens for chunk in told if chunk.usage][:12] == [*range(1, 13)]
+    assert told[-1].usage == chunks[-1].usage
 
 
 def test_completions(client: Any) -> None:

@@ -42,11 +42,11 @@ class Writer:
         raise NotImplementedError
 
     def usage(self, choices: Sequence[Choice], prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """The last chunk: tokens read and written."""
+        """Tokens read and written so far, as a chunk has them."""
         read, written = sum(map(len, prompts)), sum(choice.tokens for choice in choices)
         # Answers to one prompt share what was cached of it.
         cached = {id(choice.prompt): choice.request.cached_tokens for choice in choices}
-        return self._chunk([]) | {
+        return {
             "usage": {
                 "prompt_tokens": read,
                 "completion_tokens": written,
@@ -55,7 +55,8 @@ class Writer:
             }
         }
 
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """A chunk that grows answers by these parts."""
         return {
             "id": self._id,
             "object": self.object,
@@ -90,7 +91,7 @@ class ChatWriter(Writer):
         return self._delta(choice.index, delta, told, piece.finish)
 
     def _delta(self, index: int, delta: dict[str, Any], told: Any = None, finish: str | None = None) -> dict[str, Any]:
-        return self._chunk([{"index": index, "delta": delta, "logprobs": told, "finish_reason": finish}])
+        return self.chunk([{"index": index, "delta": delta, "logprobs": told, "finish_reason": finish}])
 
     def _told(self, said: Said) -> dict[str, Any]:
         token = said.token
@@ -125,7 +126,7 @@ class CompletionWriter(Writer):
         return self._text_chunk(choice.index, piece.text, told, piece.finish)
 
     def _text_chunk(self, index: int, text: str, told: Any = None, finish: str | None = None) -> dict[str, Any]:
-        return self._chunk([{"index": index, "text": text, "logprobs": told, "finish_reason": finish}])
+        return self.chunk([{"index": index, "text": text, "logprobs": told, "finish_reason": finish}])
 
     def _top(self, said: Said) -> dict[str, float | None]:
         # OpenAI's own server always tells of the token that was taken.

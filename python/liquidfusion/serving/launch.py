@@ -88,7 +88,7 @@ def build(settings: Settings) -> Service:
         The model cannot be loaded, or not be served.
     """
     from liquidfusion.bench.models import load
-    from liquidfusion.run.engine import Engine
+    from liquidfusion.hf.engine import Engine, end_tokens
     from liquidfusion.serving.conversations import Conversations
     from liquidfusion.serving.service import Service
 
@@ -102,13 +102,14 @@ def build(settings: Settings) -> Service:
         rows=rows,
         strategy=settings.strategy,
         budget=settings.budget,
-        bits=settings.bits,
         tokenizer=loaded.tokenizer,
         chunk=settings.chunk,
         step_tokens=settings.step_tokens,
         queue_limit=QUEUE * rows if settings.queue_limit is None else settings.queue_limit,
+        **({} if settings.bits is None else {"bits": settings.bits}),
         **settings.parameters,
     )
+    engine.served = model  # type: ignore[attr-defined] # caches refer to their models weakly
     try:
         conversations = Conversations(settings.conversations, directory=settings.directory, load=engine.load_state)
     except ConfigError:
@@ -120,7 +121,7 @@ def build(settings: Settings) -> Service:
         loaded.tokenizer,
         name=name,
         aliases=tuple({settings.model, loaded.name} - {name}),
-        ends=ends(model, loaded.tokenizer),
+        ends=frozenset(end_tokens(model, loaded.tokenizer)),
         defaults=defaults(model),
         conversations=conversations,
     )
@@ -129,13 +130,6 @@ def build(settings: Settings) -> Service:
 async def stop(service: Service) -> None:
     """End the engine; nobody waits for an answer any more."""
     await asyncio.to_thread(service.close)
-
-
-def ends(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end an answer: the generation config's and the tokenizer's."""
-    found = model.generation_config.eos_token_id
-    several = found if isinstance(found, list) else [found]
-    return frozenset(token for token in [*several, tokenizer.eos_token_id] if token is not None)
 
 
 def defaults(model: Any) -> dict[str, float]:

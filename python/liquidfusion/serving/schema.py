@@ -27,6 +27,7 @@ class StreamOptions(_Model):
     """Extras of a streamed answer."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = Field(default=None, description="vLLM's: usage so far with every chunk.")
     include_obfuscation: bool | None = _IDLE
 
 

@@ -24,7 +24,8 @@ from liquidfusion.serving.text import Text
 from liquidfusion.serving.tools import Caller, form_of
 
 if TYPE_CHECKING:
-    from liquidfusion.run.engine import Engine, Request
+    from liquidfusion.hf.engine import Engine
+    from liquidfusion.run.request import Request
     from liquidfusion.run.sampling import Sampling
 
 log = logging.getLogger(__name__)
@@ -159,7 +160,7 @@ class Service:
                 code="model_not_found",
             )
         prompts = await self._prompts(body, scope)
-        writer = self._writer(body)
+        writer, texts = self._writer(body), [prompt.tokens for prompt in prompts]
         requests: list[tuple[_Prompt, Request]] = []
         try:
             for prompt in prompts:
@@ -174,8 +175,11 @@ class Service:
                 async for choice, piece in pieces:
                     if piece.finish is not None:
                         self._keep(requests[choice.index][0], choice)
-                    yield writer.piece(choice, piece)
-            yield writer.usage(choices, [prompt.tokens for prompt in prompts])
+                    chunk = writer.piece(choice, piece)
+                    if body.stream_options is not None and body.stream_options.continuous_usage_stats:
+                        chunk |= writer.usage(choices, texts)
+                    yield chunk
+            yield writer.chunk([]) | writer.usage(choices, texts)
         finally:
             for _, request in requests:
                 request.cancel()

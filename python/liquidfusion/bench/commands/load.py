@@ -46,8 +46,8 @@ def load(
     url: Annotated[str, typer.Argument(help="The server's base URL.")] = "http://127.0.0.1:8000/v1",
     model: Annotated[str, typer.Option("--model", "-m", help="The model's name there.")] = "smollm2",
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="The server's.")] = None,
-    when: When = When(),  # noqa: B008 - frozen
-    what: What = What(),  # noqa: B008 - frozen
+    when: When = When(),
+    what: What = What(),
     output: Output = Output(),  # noqa: B008 - frozen
 ) -> None:
     """Send many requests to an OpenAI-compatible server, and measure what their senders see."""
