@@ -14,14 +14,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from liquidfusion.compute.softmax import How
 from liquidfusion.exceptions import UnsupportedError
 from liquidfusion.geometry import FOREIGN, is_latent
-from liquidfusion.run.backend import Backend, running, traced
+from liquidfusion.run.backend import Backend, running
 
 IMPLEMENTATION = "liquidfusion"
+REPLAYED = "liquidfusion_replayed"
+"""The same for decode steps that are replayed: without a mask function, which would see another length in each."""
 
 
 def register() -> None:
-    """Make `"liquidfusion"` known to transformers; registering twice is harmless."""
-    ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, attention_function)
+    """Make both known to transformers; registering twice is harmless."""
+    for name in (IMPLEMENTATION, REPLAYED):
+        ALL_ATTENTION_FUNCTIONS.register(name, attention_function)
     ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, mask_function)
 
 
@@ -137,8 +140,6 @@ def mask_function(
     UnsupportedError
         It hides earlier tokens in a way that is not known.
     """
-    if traced():
-        return None
     backend = running()
     pattern, rest = _pattern(mask_function)
     if pattern is not None:
