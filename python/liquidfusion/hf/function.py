@@ -79,9 +79,9 @@ def attention_function(
     how = How(scale, sliding_window or 0, softcap or 0.0, s_aux, own=own)
     attend = _attend_latent if is_latent(module) else _attend
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return attend(module, backend, query, key, value, how).transpose(1, 2), None
+        return attend(module, backend, query, key, value, how).transpose(1, 2).contiguous(), None
     with torch.no_grad():
-        output = attend(module, backend, query.detach(), key.detach(), value.detach(), how).transpose(1, 2)
+        output = attend(module, backend, query.detach(), key.detach(), value.detach(), how).transpose(1, 2).contiguous()
     if query.requires_grad or key.requires_grad or value.requires_grad:
         output = _Sealed.apply(output, query, key, value)  # type: ignore[no-untyped-call]
     return output, None
