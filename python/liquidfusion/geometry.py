@@ -223,7 +223,7 @@ def interface_names(module: nn.Module) -> frozenset[str]:
 def _class_names(kind: type) -> frozenset[str]:
     names: set[str] = set()
     for base in kind.__mro__:
-        if base is nn.Module:
+        if base in (PreTrainedModel, nn.Module):  # a whole model knows the interface, to choose a function
             break
         for function in vars(base).values():
             code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None

@@ -120,6 +120,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "bert": {"is_decoder=False": {"is_decoder": False}},
+    "gemma4": {"images": {"text_config": _GEMMA4 | {"use_bidirectional_attention": "vision"}}},
     "gemma3_text": {"wide_window": {"sliding_window": 200}, "both_ways": {"use_bidirectional_attention": True}},
     "gemma3n_text": {"no_shared": {"num_kv_shared_layers": 0}},
     "gemma4_text": {

@@ -19,6 +19,7 @@ from liquidfusion.compute.rotary import Rotary
 from liquidfusion.exceptions import CacheError, ConfigError, UnsupportedError
 from liquidfusion.geometry import Geometry, attention_configs, layer_devices
 from liquidfusion.hf.formats import fit, layer_formats, layer_spec
+from liquidfusion.hf.function import IMPLEMENTATION, REPLAYED
 from liquidfusion.hf.hook import Forward, Serves, install, switched
 from liquidfusion.hf.layers import Seen, States, cache_layers
 from liquidfusion.options import SHORT, Run, Strategy, chosen, resolve
@@ -383,7 +384,7 @@ class KVCache(Cache, Serves):
             self._states.expect(step.batch)
         graph = self._graph_for(step)
         try:
-            with switched(self._configs):
+            with switched(self._configs, IMPLEMENTATION if graph is None else REPLAYED):
                 if graph is not None:
                     output = graph.step(forward, inputs, self._seen.columns)
                 else:

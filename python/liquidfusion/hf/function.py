@@ -14,14 +14,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from liquidfusion.compute.softmax import How
 from liquidfusion.exceptions import UnsupportedError
 from liquidfusion.geometry import FOREIGN, is_latent
-from liquidfusion.run.backend import Backend, running, traced
+from liquidfusion.run.backend import Backend, running
 
 IMPLEMENTATION = "liquidfusion"
+REPLAYED = "liquidfusion_replayed"
+"""The same for decode steps that are replayed: without a mask function, which would see another length in each."""
 
 
 def register() -> None:
-    """Make `"liquidfusion"` known to transformers; registering twice is harmless."""
-    ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, attention_function)
+    """Make both known to transformers; registering twice is harmless."""
+    for name in (IMPLEMENTATION, REPLAYED):
+        ALL_ATTENTION_FUNCTIONS.register(name, attention_function)
     ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, mask_function)
 
 
@@ -76,9 +79,9 @@ def attention_function(
     how = How(scale, sliding_window or 0, softcap or 0.0, s_aux, own=own)
     attend = _attend_latent if is_latent(module) else _attend
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return attend(module, backend, query, key, value, how).transpose(1, 2), None
+        return attend(module, backend, query, key, value, how).transpose(1, 2).contiguous(), None
     with torch.no_grad():
-        output = attend(module, backend, query.detach(), key.detach(), value.detach(), how).transpose(1, 2)
+        output = attend(module, backend, query.detach(), key.detach(), value.detach(), how).transpose(1, 2).contiguous()
     if query.requires_grad or key.requires_grad or value.requires_grad:
         output = _Sealed.apply(output, query, key, value)  # type: ignore[no-untyped-call]
     return output, None
@@ -137,8 +140,6 @@ def mask_function(
     UnsupportedError
         It hides earlier tokens in a way that is not known.
     """
-    if traced():
-        return None
     backend = running()
     pattern, rest = _pattern(mask_function)
     if pattern is not None:
