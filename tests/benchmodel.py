@@ -12,6 +12,9 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from liquidfusion.bench.models import Loaded, load, silence
+from liquidfusion.bench.terminal import progress
+
+progress.EVERY = 3600.0  # tests compare what is printed, however slow the machine is
 
 _ALPHABET = ["<pad>", "<end>", *string.printable]
 

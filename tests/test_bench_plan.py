@@ -86,11 +86,56 @@ def test_times_to_expect_are_those_measured(
             assert 1000 * expected == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.filterwarnings("ignore:bits=")
+@pytest.mark.parametrize("bits", [16, 8, 4, (4, 2), (16, 2)])
+def test_bytes_of_coded_slots(bits: int | tuple[int, int]) -> None:
+    model = loaded().model
+    cache = lf.KVCache(model, "h2o", 48, bits=bits)
+    with torch.no_grad():
+        model(torch.randint(2, 90, (2, 100)), **{lf.cache_keyword(model): cache})
+    options = CacheOptions.of(strategy="h2o", budget=48, bits=bits)
+    config = planning.read_config(str(directory()))
+    found = planning.plan(config, options, Device(1e9, 1e12), context=100, batch=2, dtype=torch.float32)
+    # a layer whose keys few bits would spoil has more of them; only running the model tells
+    assert found.bounded_cache_bytes <= cache.nbytes
+    if min(bits if isinstance(bits, tuple) else (bits,)) == 16:
+        assert found.bounded_cache_bytes == cache.nbytes
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_largest_budget_is_the_largest_that_fits(bits: int | None) -> None:
+    config, options = planning.read_config(str(directory())), {"context": 4096, "batch": 3, "dtype": torch.float32}
+    device = Device(3e6, 1e9)
+    most = planning.plan(config, CacheOptions.of(bits=bits), device, **options).largest_budget  # type: ignore[arg-type]
+    assert most > 64
+    for budget, fits in ((most, True), (most + 1, False)):
+        found = planning.plan(config, CacheOptions.of(budget=budget, bits=bits), device, **options)  # type: ignore[arg-type]
+        assert found.bounded_fits == fits
+        assert found.speedup is None
+
+
+@pytest.mark.parametrize("name", planning.DEVICES)
+def test_devices_are_plausible(name: str) -> None:
+    device = planning.find_device(name)
+    assert 8e9 <= device.memory <= 1e12
+    assert 5e10 <= device.bandwidth <= 1e13
+
+
+def test_this_machine() -> None:
+    device = planning.find_device("this")
+    assert device.memory > 1e8
+    assert device.bandwidth > 1e7
+
+
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "-m", str(directory()), "--gpu", "l4", "--context", "4096", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["budget"] == 2048
     assert main(["plan", "-m", str(directory()), "--cache-size", "10"]) == 0
     assert "largest batch" in capsys.readouterr().out
+    assert main(["plan", "--shape", "custom", "--on", "laptop-ddr5", "--bits", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "largest budget that fits" in shown
+    assert "to expect" not in shown
     assert main(["plan", "-m", str(directory()), "--gpu", "toaster"]) == 2
     assert "h100" in capsys.readouterr().err
     assert main(["plan", "-m", str(directory()), "--memory", "-1"]) == 2

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmodel import directory
 from liquidfusion.bench.cli import main
-from liquidfusion.bench.report import charts, curves
-from liquidfusion.bench.report import page as reporting
+from liquidfusion.bench.report import charts, compare, curves, export, page, rows
 from liquidfusion.bench.report.charts import Chart, Point, Series
 from liquidfusion.bench.terminal.output import number
+
+CHARTS = 14
 
 
 @pytest.fixture(scope="module")
@@ -82,25 +86,25 @@ class Checker(HTMLParser):
 
 def test_page_is_whole_and_needs_no_network(swept: Path, tmp_path: Path) -> None:
     assert main(["report", str(swept), "--output-dir", str(tmp_path), "--quiet"]) == 0
-    page = (tmp_path / "report.html").read_text(encoding="utf8")
+    text = (tmp_path / "report.html").read_text(encoding="utf8")
     checker = Checker()
-    checker.feed(page)
+    checker.feed(text)
     assert checker.open == []
     assert checker.loads == []
-    assert "<script" not in page
-    assert "OutOfMemoryError: &lt;b&gt;" in page
-    # quality against budget at two contexts; speed and memory against context; latencies; decode and throughput of
-    # `speed`; perplexity, time and memory of streams
-    assert len(checker.labels) == 2 + 2 + 1 + 2 + 3
+    assert "OutOfMemoryError: &lt;b&gt;" in text
+    # quality against budget, bytes and speed at two contexts; speed and memory against context; latencies; decode and
+    # throughput of `speed`; perplexity, time and memory of streams
+    assert len(checker.labels) == CHARTS == 2 * 3 + 2 + 1 + 2 + 3
     assert any("perplexity" in label and "at 48" in label for label in checker.labels)
 
 
 def test_markdown_has_every_figure(swept: Path) -> None:
-    text = reporting.markdown(reporting.read(swept))
+    found = rows.read(swept)
+    text = page.markdown(page.sections(found), found.errors)
     for part in text.split("## ")[1:]:
         lines = [line for line in part.splitlines() if line.startswith("|")]
         assert len({line.count("|") for line in lines}) == 1
-    for row in reporting.read(swept).rows:
+    for row in found.rows:
         if row.task == "perplexity":
             assert number(row.metrics["perplexity"]["value"]) in text
     assert "failed: needle" in text
@@ -109,7 +113,7 @@ def test_markdown_has_every_figure(swept: Path) -> None:
 def test_charts_for_papers(swept: Path, tmp_path: Path) -> None:
     assert main(["report", str(swept), "-o", str(tmp_path), "--images", str(tmp_path / "images"), "--quiet"]) == 0
     paths = list((tmp_path / "images").glob("*.svg"))
-    assert len(paths) == 10
+    assert len(paths) == CHARTS
     for path in paths:
         text = path.read_text(encoding="utf8")
         assert "var(" not in text
@@ -161,7 +165,7 @@ def test_speed_against_context_and_rows() -> None:
         "B=64, compile, tokens/s": 4100.0,
         "StaticCache B=3 at 131072, tokens/s": 15.0,
     }
-    metadata = {"model_name": "m", "budget": 2048, "contexts": [131072, 2048]}
+    metadata = {"model_name": "m", "budget": 2048, "contexts": [131072, 2048], "dtype": "bfloat16"}
     section = curves.speed({"metadata": metadata, "figures": figures, "failures": {"memory": "too little"}})
     decode, throughput = section.charts.values()
     shown = {line.name: [(point.x, point.y) for point in line.points] for line in decode.series}
@@ -181,6 +185,150 @@ def test_speed_against_context_and_rows() -> None:
     }
     assert len(section.body) == len(figures) + 1
     assert section.body[-1] == ["memory", "failed: too little"]
+
+
+def made(strategy: str = "h2o", value: float = 5.0, *, held: int = 100, seconds: float = 1.0, **facts: Any) -> rows.Row:
+    """A row of perplexity, of four samples."""
+    losses = [math.log(value) + change for change in (-0.1, 0.0, 0.05, 0.05)]
+    budgets = [] if strategy == "full" else [facts.get("budget", 64)]
+    metadata = {
+        "model_name": "m",
+        "task": "perplexity",
+        "strategy": strategy,
+        "cache_size": None,
+        "budget": 64,
+        "seed": 0,
+        "dtype": "float32",
+        "device": "cpu",
+        "budgets_used": budgets,
+        "machine": {"processor": "p"},
+        "versions": {},
+    } | facts
+    item = {
+        "request": {"prompt": facts.get("prompt", "x"), "tokens": 128},
+        "result": {
+            "scores": {"cache_bytes": held, "nll": losses, "counts": [64] * 4},
+            "request_time": {"batch_time": seconds, "batch_size": 1},
+        },
+    }
+    metrics = {"perplexity": {"value": value}, "tokens_per_second": {"value": 128 / seconds}}
+    return rows.row({"metadata": metadata, "results": [item], "metrics": metrics})
+
+
+def test_front_is_what_nothing_beats() -> None:
+    full, small = made("full", 4.0, held=1000), made(value=5.0, held=100)
+    worse, slow = made("local", 6.0, held=100), made("tova", 4.5, held=100, seconds=2.0)
+    found = rows.front([full, small, worse, slow], lower=True)
+    assert [row.strategy for row in found] == ["full", "h2o", "tova"]
+    # by brute force: every row that is not on the front is beaten by one that is
+    assert rows.front([worse, small], lower=True) == [small]
+    assert rows.front([worse, small], lower=False) == [worse]
+    assert rows.front([full, full], lower=True) == [full, full]
+
+
+def test_quality_against_bytes() -> None:
+    sizes = ((16, 8.0, 50), (32, 6.0, 100), (64, 5.0, 200), (128, 5.5, 400))
+    group = [made("full", 4.0, held=1600)]
+    group += [made("h2o", value, held=held, budget=budget) for budget, value, held in sizes]
+    group += [made("streaming", 5.6, held=50, budget=16)]
+    (block,) = rows.blocks(rows.together(group))
+    charted = page.section(block).charts
+    chart = charted["perplexity-m-bytes-128"]
+    assert chart.x_label == "bytes held (% of the full cache)"
+    lines = {line.name: [(p.x, p.y) for p in line.points] for line in chart.series}
+    assert lines["h2o"] == [(3.125, 2.0), (6.25, 1.5), (12.5, 1.25), (25.0, 1.375)]
+    assert lines["best up to this size"] == [(3.125, 1.4), (12.5, 1.25)]
+    assert chart.reference is not None
+    assert chart.reference[1].y == 1.0
+    trade = charted["perplexity-m-trade-128"]
+    ringed = {(line.name, p.y) for line in trade.series for p in line.points if p.ring}
+    assert ringed == {("full cache", 4.0), ("streaming", 5.6), ("h2o", 5.0)}
+    assert page.section(block).more is not None
+
+
+def test_variants_of_a_strategy_are_lines_of_their_own() -> None:
+    group = [made(bits=bits, budget=budget) for bits in (None, [4, 4], [4, 2]) for budget in (32, 64)]
+    (block,) = rows.blocks(rows.together([*group, made("full", 4.0)]))
+    assert list(block.methods()) == ["full cache", "h2o", "h2o, 4 bits", "h2o, 4,2 bits"]
+    series = page.section(block).charts["perplexity-m-perplexity-128"].series
+    assert len({(line.look, line.dash) for line in series}) == 3
+
+
+def test_exports_have_every_fact(tmp_path: Path) -> None:
+    found = [made(bits=[4, 2]), made("full", 4.0)]
+    export.write_csv(found, tmp_path / "a.csv")
+    read = list(csv.DictReader((tmp_path / "a.csv").open(encoding="utf8")))
+    assert len(read) == 2 * 2
+    assert [line["set_bits"] for line in read if line["metric"] == "perplexity"] == ["4,2", ""]
+    assert {line["with_dtype"] for line in read} == {"float32"}
+    assert [float(line["value"]) for line in read if line["metric"] == "perplexity"] == [5.0, 4.0]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    export.write_parquet([made(bits=[4, 2]), made("full", 4.0)], tmp_path / "a.parquet")
+    read = parquet.read_table(tmp_path / "a.parquet").to_pylist()
+    assert [line["value"] for line in read if line["metric"] == "perplexity"] == [5.0, 4.0]
+
+
+def test_png(swept: Path, tmp_path: Path) -> None:
+    pytest.importorskip("resvg_py")
+    assert main(["report", str(swept), "-o", str(tmp_path), "--png", "--quiet"]) == 0
+    pictures = list(tmp_path.glob("*.png"))
+    assert len(pictures) == CHARTS
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_comparison_tells_what_differs() -> None:
+    first = [made("full", 4.0, dtype="float32"), made("h2o", 5.0, dtype="float32")]
+    second = [made("full", 4.0, dtype="bfloat16"), made("h2o", 5.5, dtype="bfloat16")]
+    found = compare.compare(first, second)
+    assert found.between == {"dtype": ("float32", "bfloat16")}
+    assert found.alone == ([], [])
+    full, h2o = found.pairs
+    assert (full.change, full.low, full.high, full.verdict) == (1.0, 1.0, 1.0, "")
+    # the same samples, all worse by one factor: what they have in common cancels
+    assert h2o.paired
+    assert h2o.change == pytest.approx(1.1)
+    assert h2o.low == h2o.high == pytest.approx(1.1)
+    assert h2o.verdict == "worse"
+    other = compare.compare(first, [made("h2o", 5.5, dtype="bfloat16", prompt="y")])
+    (pair,) = other.pairs
+    assert not pair.paired
+    assert pair.low is not None
+    assert pair.high is not None
+    assert pair.low < 1.1 < pair.high
+    assert [row.strategy for row in other.alone[0]] == ["full"]
+
+
+def test_comparison_of_bits_and_of_repeats() -> None:
+    found = compare.compare([made("full", 4.0), made(bits=None)], [made("full", 4.0), made(bits=[4, 4])])
+    assert found.between == {"bits": ("not set", "4")}
+    assert len(found.pairs) == 2
+    speeds = [rows.together([made(value=v) for v in values]) for values in ((5.0, 5.2), (6.0, 6.2))]
+    (pair,) = compare.compare(*speeds).pairs
+    assert pair.one.repeats == 2
+    assert pair.change == pytest.approx(6.1 / 5.1)
+
+
+def test_comparison_on_the_command_line(swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    half = tmp_path / "half"
+    half.mkdir()
+    for path in swept.glob("*_h2o_*.json"):
+        text = path.read_text(encoding="utf8").replace('"dtype": "float32"', '"dtype": "float16"')
+        (half / path.name).write_text(text, encoding="utf8")
+    assert main(["report", str(swept), str(half), "-o", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert f"dtype: float32 in {swept}, float16 in {half}" in shown.out
+    assert f"only in {swept}" in shown.out
+    assert "else.json: not a result" in shown.err
+    checker = Checker()
+    checker.feed((tmp_path / "comparison.html").read_text(encoding="utf8"))
+    assert checker.open == []
+    assert main(["report", str(swept), str(half), "-o", str(tmp_path), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert {pair["strategy"] for pair in printed["pairs"]} == {"h2o"}
+    assert all(pair["change"] == 1.0 for pair in printed["pairs"] if pair["kind"] == "ratio")
 
 
 def test_report_of_speed_alone(swept: Path, tmp_path: Path) -> None:
@@ -204,5 +352,6 @@ def test_browser_shows_every_chart(swept: Path, tmp_path: Path) -> None:
         timeout=120,
         check=True,
     )
-    assert shown.stdout.count("<svg ") == 10
+    assert shown.stdout.count("<svg ") == CHARTS
+    assert shown.stdout.count('role="button"') > CHARTS
     assert "CONSOLE" not in shown.stderr

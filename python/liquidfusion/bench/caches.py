@@ -1,7 +1,5 @@
 """The cache options of a run, and the one place where the benchmark makes a cache."""
 
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
@@ -14,8 +12,8 @@ import liquidfusion as lf
 from liquidfusion import _core
 from liquidfusion.bench import parameters as of_strategies
 from liquidfusion.bench.notices import notice
-from liquidfusion.bench.parameters import strategy_names
 from liquidfusion.exceptions import ConfigError
+from liquidfusion.precision import Bits, bytes_of
 
 POSITIONS = ("absolute", "cache", "auto")
 """What a token's position counts: the text, the tokens kept, or the first until the model's limit."""
@@ -26,10 +24,6 @@ HOW = ("positions", "threads", "graph", "compile", "overlap")
 SIZES = ("cache_size", "budget", "memory")
 """Options that say how large a cache is; one of them at most."""
 
-BITS = ((16, 8, 4), (16, 8, 4, 2))
-"""What keys and values may be coded with."""
-
-_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
 _RANKED: "WeakSet[Cache]" = WeakSet()
 
 
@@ -87,7 +81,9 @@ class CacheOptions:
             elif name in of_strategies.table():
                 parameters[name] = value
             else:
-                own[name] = parse_bits(value) if name == "bits" else parse_bytes(value) if name == "memory" else value
+                own[name] = bytes_of(value) if name == "memory" else value
+        if (bits := Bits.of(own.get("bits"))) is not None:
+            own["bits"] = (bits.keys, bits.values)
         return cls(**own, parameters=parameters, how=how)
 
     def as_dict(self) -> dict[str, Any]:
@@ -122,9 +118,9 @@ class CacheOptions:
             raise ConfigError(f"positions {positions!r} is unknown; accepted: {', '.join(POSITIONS)}")
         if threads is not None and threads < 1:
             raise ConfigError(f"threads {threads} is not at least 1")
-        for name, number in (("bits", self.bits), ("memory", self.memory)):
-            if number is not None:
-                {"bits": parse_bits, "memory": parse_bytes}[name](number)
+        Bits.of(self.bits)
+        if self.memory is not None:
+            bytes_of(self.memory)
         if self.cache_size is None:
             return _core.Spec(self.strategy, self.budget, **heard)
         sinks = int(_core.Spec(self.strategy, None, **heard).params.get("sink_size") or 0)
@@ -148,15 +144,8 @@ class CacheOptions:
 
     def arguments(self) -> dict[str, Any]:
         """Return what :class:`liquidfusion.KVCache` and :func:`liquidfusion.use` take for these options."""
-        heard = self.heard()
-        chosen: dict[str, Any] = {"strategy": self.strategy}
-        if heard and hasattr(lf, "Strategy"):
-            chosen["strategy"] = lf.Strategy(self.strategy, **heard)
-        else:
-            chosen |= heard
-        chosen |= {name: getattr(self, name) for name in SIZES if getattr(self, name) is not None}
-        if self.bits is not None:
-            chosen["bits"] = self.bits[0] if self.bits[0] == self.bits[1] else self.bits
+        chosen: dict[str, Any] = {"strategy": lf.Strategy(self.strategy, **self.heard())}
+        chosen |= {name: getattr(self, name) for name in (*SIZES, "bits") if getattr(self, name) is not None}
         return chosen | {name: value for name, value in self.how.items() if value != POSITIONS[0]}
 
     def make(self, model: PreTrainedModel, prompt_tokens: int) -> lf.KVCache:
@@ -176,40 +165,6 @@ def option_names() -> list[str]:
 def ranked(cache: Cache) -> bool:
     """Whether a cache counts positions by rank, so that a text may run past those that the model knows."""
     return cache in _RANKED
-
-
-def parse_bits(value: Any) -> tuple[int, int]:
-    """Return the bits of keys and of values: ``4`` and ``"4"`` are both alike, ``"4,2"`` and ``(4, 2)`` differ.
-
-    Raises
-    ------
-    ConfigError
-        It is no such pair.
-    """
-    words = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-    try:
-        keys, values = (int(words[0]), int(words[-1])) if 1 <= len(words) <= 2 else (0, 0)
-    except (TypeError, ValueError):
-        keys = values = 0
-    if keys not in BITS[0] or values not in BITS[1]:
-        kinds = (", ".join(map(str, accepted)) for accepted in BITS)
-        raise ConfigError(f"bits {value}: keys of {' and values of '.join(kinds)} bits are accepted, such as 4 or 4,2")
-    return keys, values
-
-
-def parse_bytes(value: Any) -> int:
-    """Return a number of bytes: ``1000000``, ``"512MiB"``, ``"1.5 GB"``.
-
-    Raises
-    ------
-    ConfigError
-        It is no such number, or below 1.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?|)b?\s*", str(value).lower())
-    size = math.floor(float(match[1]) * _UNITS[match[2]]) if match else 0
-    if size < 1:
-        raise ConfigError(f"memory {value!r}: bytes with a unit are accepted, such as 512MiB or 2GB")
-    return size
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,20 +195,3 @@ def facts(cache: Cache) -> dict[str, int | None]:
         return {"cache_bytes": cache.nbytes, "budget": cache.spec.budget, "evictions": cache.evictions}
     tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     return {"cache_bytes": sum(t.nbytes for t in tensors if t is not None), "budget": None, "evictions": 0}
-
-
-__all__ = [
-    "BITS",
-    "HOW",
-    "POSITIONS",
-    "SIZES",
-    "CacheMaker",
-    "CacheOptions",
-    "FrameworkCache",
-    "facts",
-    "option_names",
-    "parse_bits",
-    "parse_bytes",
-    "ranked",
-    "strategy_names",
-]

@@ -18,7 +18,7 @@ def require(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError(f"this task needs the package {package}: pip install {package}") from error
+        raise ConfigError(f"the package {package} is needed for this: pip install {package}") from error
 
 
 def load_dataset(hub_id: str, name: str | None, split: str, limit: int) -> list[dict[str, Any]]:

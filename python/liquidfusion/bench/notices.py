@@ -17,13 +17,13 @@ def notice(text: str) -> None:
 
 @contextmanager
 def as_lines() -> Iterator[None]:
-    """Print each notice as one line on standard error, each text once."""
+    """Print each notice, and what a model costs at few bits, as one line on standard error, each text once."""
     told: set[str] = set()
     with warnings.catch_warnings():
         other = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *place: object) -> None:
-            if not issubclass(category, Notice):
+            if not issubclass(category, Notice | RuntimeWarning):
                 other(message, category, *place)  # type: ignore[arg-type]
             elif str(message) not in told:
                 told.add(str(message))

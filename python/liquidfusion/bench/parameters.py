@@ -66,26 +66,8 @@ class Parameter:
 @cache
 def table() -> dict[str, Parameter]:
     """Return name → parameter, in the order in which they are shown."""
-    rows = _core.parameters() if hasattr(_core, "parameters") else _guessed()
-    return {row["name"]: Parameter(**row | {"choices": tuple(row["choices"] or ())}) for row in rows}
-
-
-def _guessed() -> list[dict[str, Any]]:
-    """Return what the strategies' defaults tell of the parameters, for a core that has no table of them."""
-    known = {name: value for entry in _core.strategies() for name, value in entry["defaults"].items()}
-    kinds = {name: type(value).__name__ if value is not None else "int" for name, value in known.items()}
-    return [
-        {
-            "name": name,
-            "kind": "choice" if kind == "str" else kind,
-            "least": None if kind in ("bool", "str") else 1 if known[name] is None else 0,
-            "most": 1.0 if kind == "float" else None,
-            "open_low": name == "recent_ratio",
-            "choices": ["pinned", "adaptive"] if kind == "str" else None,
-            "help": "",
-        }
-        for name, kind in kinds.items()
-    ]
+    rows: list[dict[str, Any]] = [dict(row) for row in _core.parameters()]
+    return {row["name"]: Parameter(**row | {"choices": tuple(row["choices"])}) for row in rows}
 
 
 @cache

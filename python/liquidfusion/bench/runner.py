@@ -156,6 +156,7 @@ def metadata(
         **{name: getattr(cache, name, None) for name in (*SIZES, "bits")},
         "attention_type": "liquidfusion" if own else loaded.model.config._attn_implementation,
         **{name: values.get(name) for name in parameters.table()},
+        "given": cache.heard() if isinstance(cache, CacheOptions) else {},
         **{name: how.get(name) for name in HOW},
         "task": task,
         "task_options": {name: value for name, value in options.items() if name not in ("text", "prompts", "seed")},

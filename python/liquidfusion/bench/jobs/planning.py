@@ -1,18 +1,24 @@
 """``plan``: what fits into a device and how fast it can be, from a model's configuration alone."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from liquidfusion import _core
 from liquidfusion.bench import decoding, machine
 from liquidfusion.bench.caches import CacheOptions
 from liquidfusion.bench.jobs.shapes import SHAPES, shape_config
 from liquidfusion.bench.models import ModelError, first_line, locate, resolve_device, silence
 from liquidfusion.bench.notices import notice
+from liquidfusion.compute.codes import Coding
 from liquidfusion.exceptions import ConfigError
+from liquidfusion.geometry import Geometry
+from liquidfusion.hf.formats import layer_spec, slot_bytes
+from liquidfusion.precision import Bits, slots_in
+from liquidfusion.state.slots import Format
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,39 +140,42 @@ def read_config(name: str) -> PreTrainedConfig:
     return config
 
 
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """The attention of a model, as far as a cache's size depends on it."""
+def full_row_bytes(geometry: Geometry, context: int, element: int) -> int:
+    """Return the bytes of one row of transformers' own cache; layers with a sliding window keep no more than that."""
+    return sum(
+        layer.kv_heads * (layer.key_dim + layer.value_dim) * element * min(context, layer.window or context)
+        for layer in geometry.layers
+    )
 
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
 
-    @classmethod
-    def of(cls, config: PreTrainedConfig) -> "Heads":
-        """Read them from a configuration."""
-        text = config.get_text_config(decoder=True)
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        return cls(int(text.num_hidden_layers), int(text.num_attention_heads), int(kv_heads), int(head_dim))
+def bounded_row_bytes(geometry: Geometry, spec: _core.Spec, bits: Bits | None, context: int, element: int) -> int:
+    """Return the bytes of one row of a bounded cache, positions, scores and queues included.
 
-    def token_bytes(self, element: int, bits: tuple[int, int] | None = None, ledger: int = 0) -> int:
-        """Return the bytes that one cached token of one row takes, with `ledger` bytes of bookkeeping a slot.
+    Layers whose keys few bits would spoil are found by running the model; here they count like the others.
+    """
+    total = 0
+    for layer in geometry.layers:
+        own = layer_spec(spec, layer.window)
+        keys, values = (None, None) if bits is None else (bits.keys, bits.values)
+        held = Format(_held(keys, layer.key_dim), _held(values, layer.value_dim))
+        total += (context if own.budget is None else own.budget) * slot_bytes(layer, held, own, element)
+    return total
 
-        Parameters
-        ----------
-        element
-            Bytes of a number of the model.
-        bits
-            Of keys and values; coded ones are padded to a multiple of 8 numbers and have a scale of 2 bytes each.
-        """
-        padded = -(-self.head_dim // 8) * 8
-        sides = [
-            self.head_dim * (2 if side == 16 else element) if side in (None, 16) else padded * side // 8 + 2
-            for side in bits or (None, None)
-        ]
-        return self.layers * self.kv_heads * (sum(sides) + ledger)
+
+def _held(bits: int | None, head_dim: int) -> torch.dtype | Coding | None:
+    return torch.bfloat16 if bits == 16 else None if bits is None else Coding(bits, head_dim)
+
+
+def largest_budget(geometry: Geometry, cache: CacheOptions, room: float, element: int) -> int:
+    """Return the most tokens that a row of a cache may keep in `room` bytes; 0 if not even the fewest fit."""
+
+    def nbytes(budget: int) -> int:
+        spec = replace(cache, cache_size=None, memory=None, budget=budget).spec()
+        return bounded_row_bytes(geometry, spec, Bits.of(cache.bits), budget, element)
+
+    least = int(cache.spec().params.get("sink_size") or 0) + 4
+    room = min(int(room), nbytes(2**30))
+    return slots_in(room, nbytes, least) if room >= nbytes(least) else 0
 
 
 def plan(
@@ -218,15 +227,13 @@ def plan(
     if known is not None and context > known:
         notice(f"a context of {context:,} tokens is longer than the model's positions: it was made for {known:,}")
     spec = cache.spec(context)
-    heads, element = Heads.of(config), dtype.itemsize
-    weights, read = _weights(config, element)
-    full_row = context * heads.token_bytes(element)
-    # a slot has its position and its place in the queue, 4 bytes each, and two scores if the strategy wants them
-    slot = heads.token_bytes(element, cache.bits, ledger=16 if spec.scored else 8)
-    bounded_row = (spec.budget if spec.budget is not None else context) * slot
+    element = dtype.itemsize
+    geometry, weights, read = _model(config, element)
+    full_row = full_row_bytes(geometry, context, element)
+    bounded_row = bounded_row_bytes(geometry, spec, Bits.of(cache.bits), context, element)
     room = device.memory * (1 - reserve) - weights
     full_most, bounded_most = (max(0, int(room // row)) for row in (full_row, bounded_row))
-    group = heads.heads // heads.kv_heads
+    group = config.get_text_config(decoder=True).num_attention_heads // max(layer.kv_heads for layer in geometry.layers)
     copies = 1 if group == 1 else 1 + 2 * group
     reached = _COMPILED if cache.how.get("compile") else _GRAPH
 
@@ -247,7 +254,7 @@ def plan(
         bounded_fits=bounded_most >= batch,
         full_largest_batch=full_most,
         bounded_largest_batch=bounded_most,
-        largest_budget=max(0, int(room // (batch * slot))),
+        largest_budget=largest_budget(geometry, cache, room / batch, element),
         model_positions=known,
         full_least_seconds=(read + batch * full_row) / device.bandwidth,
         bounded_least_seconds=(read + batch * bounded_row) / device.bandwidth,
@@ -263,14 +270,18 @@ def _ratio(one: float | None, other: float | None) -> float | None:
     return None if one is None or other is None else one / other
 
 
-def _weights(config: PreTrainedConfig, element: int) -> tuple[int, int]:
-    """Return the bytes of all weights, and of those that every step reads: of the embedding only a few rows are."""
+def _model(config: PreTrainedConfig, element: int) -> tuple[Geometry, int, int]:
+    """Return a model's geometry, the bytes of all weights, and of those that every step reads.
+
+    Of the embedding a step reads only a few rows, unless it is the output layer as well.
+    """
     with torch.device("meta"), silence():
         model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     total = sum(parameter.numel() for parameter in model.parameters())
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     tied = head is not None and head.weight is embedding
-    return total * element, (total if tied else total - embedding.numel()) * element
+    read = total if tied else total - embedding.numel()
+    return Geometry.of(model), total * element, read * element
 
 
 def find_device(name: str) -> Device:

@@ -1,4 +1,9 @@
-"""Line and dot charts as SVG: for a page in light or dark, and alone for papers."""
+"""Line and dot charts as SVG: for a page in light or dark, and alone for papers.
+
+Drawn here and not by a library, because a page must need nothing else: Vega-Lite puts 0.8 MB of script into each page
+and draws nothing on paper or without scripts, plotly 4.7 MB; a chart of these is about 6 kB, follows light and dark by
+itself, prints, and is read aloud by its label. What scripts add, hiding lines, is a dozen lines in the page.
+"""
 
 import math
 import re
@@ -28,19 +33,30 @@ _MARKERS = "osd^vx+OS"
 _DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4", "10 4", "4 2", "12 3 3 3", "3 6")
 _LOOKS = len(_MARKERS)
 _WIDTH, _HEIGHT = 400.0, 310.0  # about a phone's width, so that letters keep their size there
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 14.0, 34.0, 46.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 14.0, 44.0, 46.0
+_FONTS = "system-ui, Helvetica, Arial, DejaVu Sans, Liberation Sans, Noto Sans, sans-serif"
 _EDGE, _LETTER = 12.0, 0.56
 """Where titles and legends begin, and the width of a letter by its size."""
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A value at `x`, with its interval if there is one."""
+    """A value at `x`, with its interval if there is one.
+
+    Attributes
+    ----------
+    told
+        What stands in its tooltip instead of the figures.
+    ring
+        Whether it is marked.
+    """
 
     x: float
     y: float
     low: float | None = None
     high: float | None = None
+    told: str = ""
+    ring: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +69,26 @@ class Series:
         Number of its colour and marker, the same for a strategy in every chart.
     dash
         Number of its dashes; None: that of its look.
+    step
+        Whether it is a staircase without markers: what is the best up to each x.
     """
 
     name: str
     points: list[Point]
     look: int = 0
     dash: int | None = None
+    step: bool = False
 
     @property
     def colour(self) -> str:
         """The CSS variable of its colour."""
-        return f"var(--c{self.look % _LOOKS})"
+        return "var(--soft)" if self.step else f"var(--c{self.look % _LOOKS})"
 
     @property
     def stroke(self) -> str:
         """The attributes of its stroke."""
         dashes = _DASHES[(self.look if self.dash is None else self.dash) % _LOOKS]
-        return f'stroke="{self.colour}" stroke-width="2" stroke-dasharray="{dashes}"'
+        return f'stroke="{self.colour}" stroke-width="{1.2 if self.step else 2}" stroke-dasharray="{dashes}"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +107,10 @@ class Chart:
         Whether the x axis is logarithmic.
     zero
         Whether the y axis begins at 0.
+    categories
+        Names of the places on the x axis, if it has no scale.
+    note
+        A line under the title.
     """
 
     title: str
@@ -98,6 +121,7 @@ class Chart:
     log: bool = True
     zero: bool = False
     categories: list[str] = field(default_factory=list)
+    note: str = ""
 
     def svg(self) -> str:
         """Return the chart for a page that defines the colours as CSS variables."""
@@ -122,6 +146,8 @@ class Section:
         File stem → chart.
     caption, header, body
         The table: what its figures are, its first line, its lines.
+    more
+        A second table, shown on demand: its caption, its first line, its lines.
     """
 
     title: str
@@ -131,6 +157,7 @@ class Section:
     caption: str
     header: list[str]
     body: list[list[str]]
+    more: tuple[str, list[str], list[list[str]]] | None = None
 
 
 def _draw(chart: Chart) -> str:
@@ -149,7 +176,7 @@ def _draw(chart: Chart) -> str:
     y_at = _scale([y_ticks[0], y_ticks[-1]], bottom, _TOP, log=False)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH:g} {height:g}" role="img" '
-        f'aria-label="{escape(_describe(chart))}" font-family="system-ui, sans-serif" font-size="12">',
+        f'aria-label="{escape(_describe(chart))}" font-family="{_FONTS}" font-size="12">',
         f'<rect width="{_WIDTH:g}" height="{height:g}" fill="var(--paper)"/>',
         _text(_EDGE, 18, chart.title, weight="600", size=min(14, int((_WIDTH - 2 * _EDGE) / 0.6 / len(chart.title)))),
     ]
@@ -166,12 +193,16 @@ def _draw(chart: Chart) -> str:
     parts.append(f'<g transform="rotate(-90 14 {middle:g})">{_text(14, middle, chart.y_label, anchor="middle")}</g>')
     if chart.reference is not None:
         parts.append(_reference(chart.reference, y_at))
-    parts += [_line(line, x_at, y_at) for line in chart.series]
+    if chart.note:
+        parts.append(_text(_EDGE, 34, chart.note, fill="soft", size=11))
+    for index, line in enumerate(chart.series):
+        parts.append(f'<g data-line="{index}">{_line(line, x_at, y_at)}</g>')
     for index, name in enumerate(legend):
         x = _EDGE + (index % columns) * (_WIDTH - _EDGE) / columns
         y = _HEIGHT + 10 + 18 * (index // columns)
-        parts.append(_key(chart.series[index] if index < len(chart.series) else None, x, y))
-        parts.append(_text(x + 32, y + 4, name))
+        own = index < len(chart.series)
+        key = _key(chart.series[index] if own else None, x, y) + _text(x + 32, y + 4, name)
+        parts.append(f'<g data-key="{index}">{key}</g>' if own else key)
     return "".join([*parts, "</svg>"])
 
 
@@ -228,10 +259,14 @@ def short(value: float) -> str:
 
 def _line(line: Series, x_at: _Scale, y_at: _Scale) -> str:
     places = [(x_at(point.x), y_at(point.y)) for point in line.points]
+    if line.step:
+        (x, y), *rest = places
+        path = f"M{x:.1f} {y:.1f}" + "".join(f"H{x:.1f}V{y:.1f}" for x, y in rest) + f"H{_WIDTH - _RIGHT:g}"
+        return f'<path d="{path}" fill="none" {line.stroke}/>'
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
     parts = [f'<path d="{path}" fill="none" {line.stroke}/>']
     for point, (x, y) in zip(line.points, places, strict=True):
-        told = f"{line.name}, {short(point.x)}: {point.y:.4g}"
+        told = f"{line.name}, {point.told or f'{short(point.x)}: {point.y:.4g}'}"
         if point.low is not None and point.high is not None:
             top, end = y_at(point.high), y_at(point.low)
             parts.append(
@@ -239,7 +274,8 @@ def _line(line: Series, x_at: _Scale, y_at: _Scale) -> str:
                 f'stroke="{line.colour}" fill="none"/>'
             )
             told += f" (95 %: {point.low:.4g} to {point.high:.4g})"
-        parts.append(f"<g><title>{escape(told)}</title>{_marker(line.look, x, y)}</g>")
+        ring = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="8" fill="none" stroke="var(--ink)"/>' if point.ring else ""
+        parts.append(f"<g><title>{escape(told)}</title>{_marker(line.look, x, y)}{ring}</g>")
     return "".join(parts)
 
 
@@ -261,7 +297,8 @@ def _reference(reference: tuple[str, Point], y_at: _Scale) -> str:
 def _key(line: Series | None, x: float, y: float) -> str:
     if line is None:
         return f'<path d="M{x:g} {y:g}h26" stroke="var(--ink)" stroke-width="1.5"/>'
-    return f'<path d="M{x:g} {y:g}h26" {line.stroke}/>{_marker(line.look, x + 13, y)}'
+    marker = "" if line.step else _marker(line.look, x + 13, y)
+    return f'<path d="M{x:g} {y:g}h26" {line.stroke}/>{marker}'
 
 
 def _marker(look: int, x: float, y: float) -> str:

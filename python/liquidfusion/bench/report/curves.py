@@ -5,8 +5,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from liquidfusion.bench.parameters import strategy_names
 from liquidfusion.bench.report.charts import Chart, Point, Section, Series, short
+from liquidfusion.bench.report.rows import conditions, settings
+from liquidfusion.bench.report.sections import look
 from liquidfusion.bench.terminal.output import number
 
 _CACHES = ("KVCache, compiled graph", "KVCache, graph", "DynamicCache", "StaticCache, compiled")
@@ -14,7 +15,8 @@ _CACHES = ("KVCache, compiled graph", "KVCache, graph", "DynamicCache", "StaticC
 
 def speed(document: dict[str, Any]) -> Section:
     """Return the section of a result of ``speed``."""
-    metadata, figures = document["metadata"], document["figures"]
+    metadata = document["metadata"]
+    figures = {name: value for name, value in document["figures"].items() if value is not None}
     model = str(metadata["model_name"])
     charts = {
         f"speed-{model}-decode": _decode(model, figures, metadata["contexts"]),
@@ -23,7 +25,7 @@ def speed(document: dict[str, Any]) -> Section:
     failures = [[name, f"failed: {reason}"] for name, reason in document["failures"].items()]
     return Section(
         "speed",
-        f"{model}, random weights, budget {metadata['budget']}",
+        f"{model}, random weights, budget {metadata['budget']}, {metadata['dtype']}",
         "Time decode and prefill beside transformers' own caches. A bounded step costs the same at every context.",
         {stem: chart for stem, chart in charts.items() if chart.series},
         "medians",
@@ -83,31 +85,28 @@ def _stream(model: str, documents: Sequence[dict[str, Any]]) -> Section:
         ("step_ms", "ms per call", "time of a call", 1.0, True),
         ("resident_bytes", "memory in use (MiB)", "memory", 2.0**20, True),
     )
-    charts, names = {}, strategy_names()
+    charts, labels = {}, _labels(documents)
     for name, label, title, scale, zero in kinds:
         lines = []
         for at, document in enumerate(documents):
-            strategy = document["metadata"]["strategy"]
             points = [
                 Point(float(row["tokens"]), row[name] / scale) for row in document["windows"] if row[name] is not None
             ]
             if points:
-                lines.append(Series(_label(document), points, names.index(strategy), at))
+                lines.append(Series(labels[at], points, look(document["metadata"]["strategy"]), at))
         if lines:
             charts[f"stream-{model.replace('/', '-')}-{name}"] = Chart(
                 f"{title}, {model}", "tokens fed", label, lines, log=False, zero=zero
             )
     header = ["cache", "tokens", "perplexity", "ms per call, first", "ms per call, last", "cache", "peak"]
     body = []
-    for document in documents:
+    for label, document in zip(labels, documents, strict=True):
         rows = document["windows"]
-        ends = [0, *(row["tokens"] for row in rows)]
-        loss = sum(math.log(row["perplexity"]) * (row["tokens"] - end) for row, end in zip(rows, ends, strict=False))
         body.append(
             [
-                _label(document),
+                label,
                 number(rows[-1]["tokens"]),
-                number(math.exp(loss / ends[-1])),
+                number(_perplexity(rows)),
                 number(rows[0]["step_ms"]),
                 number(rows[-1]["step_ms"]),
                 number(rows[-1]["cache_bytes"], "bytes"),
@@ -118,6 +117,28 @@ def _stream(model: str, documents: Sequence[dict[str, Any]]) -> Section:
     return Section("stream", model, summary, charts, "perplexity of the whole text, time and memory", header, body)
 
 
-def _label(document: dict[str, Any]) -> str:
-    used = document["metadata"]["budgets_used"]
-    return f"{document['metadata']['strategy']}, {f'{used[0]} tokens' if used else 'all tokens'}"
+def _perplexity(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Return the perplexity of all stretches together; None if one of them is not a number."""
+    if any(row["perplexity"] is None for row in rows):
+        return None
+    ends = [0, *(row["tokens"] for row in rows)]
+    loss = sum(math.log(row["perplexity"]) * (row["tokens"] - end) for row, end in zip(rows, ends, strict=False))
+    return math.exp(loss / ends[-1])
+
+
+def _labels(documents: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a name for each stream: strategy and budget, and whatever else tells it from the others."""
+    told = [dict(settings(d["metadata"])) | dict(conditions(d["metadata"])) for d in documents]
+    names = [name for name in dict.fromkeys(n for facts in told for n in facts) if len({f.get(name) for f in told}) > 1]
+    found = []
+    for document, facts in zip(documents, told, strict=True):
+        used, strategy = document["metadata"]["budgets_used"], document["metadata"]["strategy"]
+        words = [f"{name} {facts[name]}" for name in names if name in facts and not _own(name, document, documents)]
+        found.append(", ".join([strategy, f"{used[0]} tokens" if used else "all tokens", *words]))
+    return found
+
+
+def _own(name: str, document: dict[str, Any], documents: Sequence[dict[str, Any]]) -> bool:
+    """Whether a parameter is the same for all streams of a strategy: then its name says enough."""
+    alike = [d for d in documents if d["metadata"]["strategy"] == document["metadata"]["strategy"]]
+    return len({(dict(settings(d["metadata"])) | dict(conditions(d["metadata"]))).get(name) for d in alike}) == 1

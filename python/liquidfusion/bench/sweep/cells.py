@@ -96,7 +96,7 @@ class Grid:
     cache_sizes, budgets, memory
         Percentages, tokens, and bytes for each row; none of any: each strategy's default size.
     bits
-        Of keys and values, as :func:`liquidfusion.bench.caches.parse_bits` takes them; none: the model's own.
+        Of keys and values, as :func:`liquidfusion.KVCache` takes them; none: the model's own.
     parameters
         Parameters of the strategies and options of the cache: a value, or a list of which each is taken.
     rival

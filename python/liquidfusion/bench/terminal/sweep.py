@@ -16,6 +16,7 @@ from liquidfusion.bench.runner import find_task
 from liquidfusion.bench.sweep.cells import Cell
 from liquidfusion.bench.sweep.work import Outcome
 from liquidfusion.bench.terminal.output import number
+from liquidfusion.bench.terminal.progress import Lines
 
 
 class SweepView:
@@ -43,11 +44,14 @@ class SweepView:
         self._row = self._bar.add_task("starting", total=len(work))
         self._live = Live(console=self._console, get_renderable=self._render, transient=True, refresh_per_second=4)
         self._is_live = self._console.is_terminal and not quiet
+        self._lines = Lines("sweep", self._console)
         self._done = 0
 
     def __enter__(self) -> Self:
         if self._is_live:
             self._live.start()
+        else:
+            self._lines.__enter__()
         return self
 
     def __exit__(
@@ -55,16 +59,22 @@ class SweepView:
     ) -> None:
         if self._is_live:
             self._live.stop()
+        else:
+            self._lines.__exit__()
 
     def step(self, cell: Cell, done: int, total: int) -> None:
         """Show how far the cell at work is."""
         self._states[cell.key] = Text(f"{100 * done // max(total, 1)} %", style="yellow")
-        self._bar.update(self._row, description=_title(cell), completed=self._done + min(done / max(total, 1), 0.99))
+        completed = self._done + min(done / max(total, 1), 0.99)
+        self._bar.update(self._row, description=_title(cell), completed=completed)
+        self._lines.label = _title(cell)
+        self._lines.report(completed, len(self._work))
 
     def finish(self, outcome: Outcome) -> None:
         """Show a cell's result."""
         self._done += 1
         self._bar.update(self._row, completed=self._done)
+        self._lines.report(self._done, len(self._work))
         if outcome.document is None:
             self._states[outcome.cell.key] = Text("failed", style="bold red")
         else:
