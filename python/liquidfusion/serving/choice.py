@@ -13,7 +13,7 @@ from liquidfusion.serving.text import Detokenizer, Stops, Text
 from liquidfusion.serving.tools import Call, Caller
 
 if TYPE_CHECKING:
-    from liquidfusion.run.engine import Request, Token
+    from liquidfusion.run.request import Request, Token
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def build(settings: Settings) -> Service:
         The model cannot be loaded, or not be served.
     """
     from liquidfusion.bench.models import load
-    from liquidfusion.run.engine import Engine
+    from liquidfusion.hf.engine import Engine
     from liquidfusion.serving.conversations import Conversations
     from liquidfusion.serving.service import Service
 

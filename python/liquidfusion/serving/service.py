@@ -24,7 +24,8 @@ from liquidfusion.serving.text import Text
 from liquidfusion.serving.tools import Caller, form_of
 
 if TYPE_CHECKING:
-    from liquidfusion.run.engine import Engine, Request
+    from liquidfusion.hf.engine import Engine
+    from liquidfusion.run.request import Request
     from liquidfusion.run.sampling import Sampling
 
 log = logging.getLogger(__name__)

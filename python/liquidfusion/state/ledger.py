@@ -163,6 +163,10 @@ class Ledger:
         if self.spec.scored and any(True for _ in self._apart()):
             self._newer_on_device |= {row for row, length in enumerate(lengths) if length}
 
+    def attended_rows(self, rows: Sequence[int]) -> None:
+        """Note that the layers' own scores of some rows are newer."""
+        self._newer_on_device.update(rows)
+
     def keep(
         self, index: int, ranks: Tensor, lengths: Sequence[int], scores: Tensor | None, distinct: Tensor | None = None
     ) -> Tensor:
@@ -280,6 +284,25 @@ class Ledger:
             for tensor in scores.tensors():
                 tensor.copy_(tensor.index_select(0, rows.to(tensor.device)))
         self._newer_on_device = {row for row, old in enumerate(chosen) if old in self._newer_on_device}
+
+    def release(self, row: int) -> None:
+        """Empty one row."""
+        self.wait()
+        self.core.release(row)
+        self._newer_on_device.discard(row)
+        for index in range(self.layers):
+            self._push(index, [row])
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Make a row hold what another does, in place."""
+        self.wait()
+        self.core.copy_row(source, target)
+        for _, layer in self._apart():
+            for tensor in layer.tensors():
+                tensor[target].copy_(tensor[source])
+        self._newer_on_device.discard(target)
+        if source in self._newer_on_device:
+            self._newer_on_device.add(target)
 
     def reset(self) -> None:
         """Empty every slot."""
