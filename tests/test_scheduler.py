@@ -77,6 +77,16 @@ class Machine(RuleBasedStateMachine):
         self.scheduler.finish(row)
         del self.decoding[row]
 
+    @precondition(lambda self: self.decoding)
+    @rule(data=st.data(), below=st.integers(0, ROWS))
+    def move(self, data: st.DataObject, below: int) -> None:
+        row = data.draw(st.sampled_from(sorted(self.decoding)))
+        free = set(range(ROWS)) - self.used()
+        target = self.scheduler.move(row, below)
+        assert target == (min(free) if free and min(free) < below else None)
+        if target is not None:
+            self.decoding[target] = self.decoding.pop(row)
+
     @precondition(lambda self: self.tickets)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:

@@ -21,6 +21,7 @@ from liquidfusion.run.backend import Backend, attending
 from liquidfusion.run.eager import Eager
 from liquidfusion.run.graph import DecodeStep
 from liquidfusion.run.rowgraph import RowGraph, sizes_for
+from liquidfusion.run.sampling import upload
 from liquidfusion.run.step import Step
 from liquidfusion.state import session
 from liquidfusion.state.part import parts
@@ -59,7 +60,7 @@ class RowCache(KVCache):
                 f"{type(model).__name__} keeps a recurrent state beside its slots, and an Engine's rows hold slots "
                 "alone: use KVCache"
             )
-        self.rows = rows
+        self.rows, self.sizes = rows, sizes_for(rows, SIZES)
         self.vocabulary = self._geometry.vocabulary
         self.device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
         known = self._geometry.positions
@@ -79,7 +80,7 @@ class RowCache(KVCache):
             self.read(0, [0, 0])
             self._tensors = session.gather(parts(self._groups, range(1)))
             self.release(0)
-            self._row_graph = self._graph_of(rows)
+            self._row_graph = self._graph_of()
 
     def read(self, row: int, ids: Sequence[int]) -> Tensor:
         """Let a row read tokens as one chunk.
@@ -89,8 +90,7 @@ class RowCache(KVCache):
         Tensor
             Logits after the last one, `[1, vocabulary]`.
         """
-        tokens = torch.tensor([ids], dtype=torch.int64, device="cpu")
-        return self._call(range(row, row + 1), (len(ids),), tokens.to(self.device))
+        return self._call(range(row, row + 1), (len(ids),), upload([ids], torch.int64, self.device))
 
     def decode(self, rows: tuple[int, ...], last: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Let rows read one token each.
@@ -109,9 +109,9 @@ class RowCache(KVCache):
         """
         if self._row_graph is not None:
             logits = self._row_graph.step(rows, last)
-            return logits, tuple(row if row in set(rows) else -1 for row in range(len(logits)))
+            return logits, _lanes(range(len(logits)), rows)
         some = range(rows[0], rows[-1] + 1)
-        lanes = tuple(row if row in set(rows) else -1 for row in some)
+        lanes = _lanes(some, rows)
         lengths = tuple(int(row >= 0) for row in lanes)
         return self._call(some, lengths, last[some.start : some.stop, None]), lanes
 
@@ -217,7 +217,7 @@ class RowCache(KVCache):
             self._relative_from,
             self._run.threads,
         )
-        logits = self._forward(backend, ids, positions.to(self.device))
+        logits = self._forward(backend, ids, upload(positions, torch.int64, self.device))
         backend.close()
         return logits
 
@@ -241,16 +241,22 @@ class RowCache(KVCache):
         with switched(self._configs), attending(backend), eager:
             return forward(**inputs)
 
-    def _graph_of(self, rows: int) -> RowGraph | None:
+    def _graph_of(self) -> RowGraph | None:
         """What runs decode steps on a GPU: layers alike and on one device."""
         group = self._groups.all[0]
         if len(self._groups.all) > 1 or self._rotary is not None or not group.spec.bounded or not self._geometry.plain:
             return None
         if len(group.devices) > 1 or not kernels_run_on(next(iter(group.devices))):
             return None
-        graph = RowGraph(group, sizes_for(rows, SIZES), self._run, self._forward)
+        graph = RowGraph(group, self.sizes, self._run, self._forward)
         graph.warm()
         return graph
+
+
+def _lanes(reached: range, rows: tuple[int, ...]) -> tuple[int, ...]:
+    """The row of each lane, -1 where it rests."""
+    some = set(rows)
+    return tuple(row if row in some else -1 for row in reached)
 
 
 def kernels_run_on(device: torch.device) -> bool:

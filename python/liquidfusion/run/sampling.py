@@ -224,6 +224,16 @@ class Sampler:
         ids = upload([token for token in set(prompt) if token < self._vocabulary], torch.int64, self._device)
         self._prompt[row].index_fill_(0, ids, True)
 
+    def move(self, source: int, target: int) -> None:
+        """Let a request go on in another row."""
+        self._settings[target] = self._settings[source]
+        self._seeds[target], self._steps[target] = self._seeds[source], self._steps[source]
+        self._table = None
+        self._planned.clear()
+        for table in (self._counts, self._prompt):
+            if table is not None:
+                table[target].copy_(table[source])
+
     def __call__(self, logits: Tensor, rows: tuple[int, ...]) -> Drawn:
         """Draw one token per lane; the device is not waited for.
 

@@ -167,6 +167,22 @@ class Scheduler:
         pieces = tuple(self._pieces(max(1, (self.step_tokens - len(decoding)) // self.chunk)))
         return Plan(pieces, decoding)
 
+    def move(self, row: int, below: int) -> int | None:
+        """Give an answer the lowest free row instead of its own, if that is one below a number.
+
+        Returns
+        -------
+        int or None
+            The row; None if there is none such, and nothing has changed.
+        """
+        if not self._free or self._free[0] >= below:
+            return None
+        job, target = self._decoding.pop(row), heapq.heappop(self._free)
+        job.rows[job.rows.index(row)] = target
+        self._decoding[target] = job
+        heapq.heappush(self._free, row)
+        return target
+
     def finish(self, row: int) -> None:
         """Free the row of an answer that has ended.
 

@@ -27,10 +27,14 @@ SEED_STRIDE = 0x9E3779B97F4A7C15
 
 
 class Rows(Protocol):
-    """A model with the rows of slots that requests take, driven by one thread."""
+    """A model with the rows of slots that requests take, driven by one thread.
+
+    `sizes`: numbers of rows that a step may reach over, ascending, the last one all.
+    """
 
     rows: int
     vocabulary: int
+    sizes: tuple[int, ...]
     most_positions: int | None
     device: torch.device
 
@@ -236,6 +240,7 @@ class Stepper:
         for rows, ticket, work in joined:
             self._join(rows, ticket, work)
         self._share()
+        self._gather()
         with self._lock:
             plan = self._scheduler.plan()
         # First: a decode step may overwrite the last tokens of rows that it does not serve.
@@ -349,6 +354,24 @@ class Stepper:
         rows = tuple(answer.row for answer in wanted)
         if rows:
             self._draw(logits.expand(len(rows), -1), rows, wanted)
+
+    def _gather(self) -> None:
+        """Move answers to low rows where a smaller batch would then do: a step reaches up to the highest row."""
+        while self._answering:
+            highest = max(self._answering)
+            size = next(size for size in self._rows.sizes if size >= len(self._answering))
+            if highest < size:
+                return
+            with self._lock:
+                target = self._scheduler.move(highest, size)
+            if target is None:
+                return
+            self._rows.copy_row(highest, target)
+            self._rows.release(highest)
+            self._sampler.move(highest, target)
+            self._last[target].copy_(self._last[highest])
+            answer = self._answering[target] = self._answering.pop(highest)
+            answer.row = target
 
     def _decode(self, answers: list[_Answer]) -> None:
         going = [answer for answer in answers if answer.launched < self._most(answer)]

@@ -112,9 +112,7 @@ class Plain(Side):
 
     def lengths(self) -> Tensor:
         """Length of what each slot holds."""
-        wide = torch.promote_types(self.held.dtype, torch.float32)
-        length: Tensor = torch.linalg.vector_norm(self.held, dim=-1, dtype=wide)
-        return length.float()
+        return _lengths(self.held)
 
     def part(self, rows: range) -> Self:
         """Consecutive batch rows, in the same memory."""
@@ -254,8 +252,11 @@ class Front(Side):
 
     def lengths(self) -> Tensor:
         """Length of what each slot holds."""
-        length: Tensor = torch.linalg.vector_norm(self.read(), dim=-1, dtype=torch.float32)
-        return length
+        return _lengths(self.read())
+
+    def part(self, rows: range) -> Self:
+        """Consecutive batch rows, in the same memory."""
+        return type(self)(self.keys.part(rows), self.width)
 
     def grown(self, slots: int) -> Self:
         """A copy with more slots, for keys that have as many."""
@@ -408,6 +409,12 @@ def _distinct_by_kernel(keys: Side, held: Tensor, key: Tensor | None) -> Tensor:
     together = [(*part, counted) for part, counted in zip(parts, which, strict=True)]
     distinct: Tensor = kernels.distinctness(*together, mean=mean, width=width)
     return distinct
+
+
+def _lengths(held: Tensor) -> Tensor:
+    """Lengths of vectors, float32, added up in no narrower type than they are."""
+    length: Tensor = torch.linalg.vector_norm(held, dim=-1, dtype=torch.promote_types(held.dtype, torch.float32))
+    return length.float()
 
 
 def _scatter(held: Tensor, at: Tensor, new: Tensor, rows: Sequence[int] | None) -> None:
