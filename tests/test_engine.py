@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import threading
 import time
@@ -73,10 +74,13 @@ def mixed_sampling(dice: random.Random) -> Sampling:
     )
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_request_as_if_alone(model: PreTrainedModel, strategy: str, lag: int) -> None:
-    dice = random.Random(f"{strategy} {lag}")
-    options: dict[str, Any] = {"strategy": strategy, "budget": 24}
+@pytest.mark.parametrize(
+    ("strategy", "bits"),
+    [*((name, None) for name in STRATEGIES), *itertools.product(("liquid_fusion", "streaming"), (16, 4))],
+)
+def test_every_request_as_if_alone(model: PreTrainedModel, strategy: str, bits: int | None, lag: int) -> None:
+    dice = random.Random(f"{strategy} {bits} {lag}")
+    options: dict[str, Any] = {"strategy": strategy, "budget": 24, "bits": bits}
     work = []
     with Engine(model, rows=5, chunk=CHUNK, step_tokens=2 * CHUNK, prefixes=2, **options) as engine:
         shared = prompt_of(CHUNK + 5, 99)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alone import choose, scores_of
+from liquidfusion.compute import kernels
 from liquidfusion.exceptions import ConfigError
 from liquidfusion.run import sampling as module
 from liquidfusion.run.sampling import Sampler, Sampling, draw, threshold, uniform
@@ -179,3 +180,16 @@ def test_prompt_tokens_that_have_no_logit() -> None:
 def test_settings_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Sampling(**options)
+
+
+@pytest.mark.skipif(not hasattr(kernels, "draw") or torch.cuda.is_available(), reason="needs Triton's interpreter")
+@pytest.mark.parametrize(
+    "settings", [(0.7, 0, 1.0, 0.0), (1.0, 0, 0.9, 0.0), (1.3, 5, 1.0, 0.02), (1.0, 40, 0.8, 0.3), (1.0, 1, 0.5, 0.0)]
+)
+def test_the_kernel_draws_what_torch_draws(settings: tuple[float, ...]) -> None:
+    generator = torch.Generator().manual_seed(5)
+    logits = 3 * torch.randn(2, VOCABULARY, generator=generator)
+    logits[1] = logits[1].round()  # equal ones stay or go together
+    noise = torch.rand(2, dtype=torch.float64, generator=generator)
+    table = torch.tensor([settings] * 2, dtype=torch.float64)
+    assert torch.equal(kernels.draw(logits, table.float(), noise), draw(logits, table, noise, torch.arange(2)))

@@ -147,8 +147,7 @@ def look_weights(keys: Tensor, values: Tensor) -> Tensor:
         float32 `[batch, kv_heads, columns]`; 0 for a key of zeros, which an empty slot holds.
     """
     length, weight = (torch.linalg.vector_norm(x, dim=-1, dtype=_wide(x)).float() for x in (keys, values))
-    weight = weight / length
-    return weight.masked_fill(length == 0, 0.0)
+    return torch.div(weight, length).masked_fill(length == 0, 0.0)
 
 
 def _wide(x: Tensor) -> torch.dtype:

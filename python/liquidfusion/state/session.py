@@ -179,7 +179,7 @@ def refill(state: Mapping[str, Tensor], seen: list[int], groups: Groups) -> None
         if group.spec.budget is None:
             # Every slot that is empty may be written next.
             empty = tensors[f"positions.{number}"] < 0
-            order = empty.logical_not().to(torch.uint8).argsort(-1, stable=True).int()
+            order = empty.logical_not().to(torch.uint8).argsort(stable=True, dim=-1).int()
             there = torch.arange(order.shape[-1], device="cpu") < empty.sum(-1, keepdim=True)
             tensors[f"queues.{number}"] = order.where(there, -1).contiguous()
         _fill(group, number, tensors, seen)
