@@ -135,11 +135,11 @@ def test_cross_attention_is_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_continuous_batching_is_refused_before_any_work() -> None:
+def test_transformers_own_continuous_batching_is_refused_before_any_work() -> None:
     """It would bring its own paged cache and leave ours aside without a word."""
     model = build("llama")
     before = set(model.__dict__)
     with pytest.raises(lf.UnsupportedError, match="continuous batching"), lf.use(model, budget=24):
-        model.generate_batch([[5, 6, 7]], max_new_tokens=2)
+        model.init_continuous_batching()
     assert set(model.__dict__) == before
     assert "init_continuous_batching" not in type(model).__dict__

@@ -9,6 +9,7 @@ from liquidfusion.exceptions import (
     CacheError,
     ConfigError,
     LiquidFusionError,
+    QueueFull,
     ScoreError,
     TensorError,
     UnsupportedError,
@@ -20,8 +21,11 @@ __version__ = _version("liquidfusion")
 __all__ = [
     "CacheError",
     "ConfigError",
+    "Engine",
     "KVCache",
     "LiquidFusionError",
+    "QueueFull",
+    "Sampling",
     "ScoreError",
     "Strategy",
     "TensorError",
@@ -35,11 +39,20 @@ __all__ = [
 
 if TYPE_CHECKING:
     from liquidfusion.hf.cache import KVCache
+    from liquidfusion.hf.engine import Engine
     from liquidfusion.hf.hook import cache_keyword, uninstall
     from liquidfusion.hf.use import use
+    from liquidfusion.run.sampling import Sampling
 else:
     # torch and transformers take seconds to import: the command line's --help must not wait for them.
-    _LAZY = {"KVCache": "hf.cache", "cache_keyword": "hf.hook", "uninstall": "hf.hook", "use": "hf.use"}
+    _LAZY = {
+        "Engine": "hf.engine",
+        "KVCache": "hf.cache",
+        "Sampling": "run.sampling",
+        "cache_keyword": "hf.hook",
+        "uninstall": "hf.hook",
+        "use": "hf.use",
+    }
 
     def __getattr__(name):
         """Import what needs torch when it is first asked for."""

@@ -146,6 +146,10 @@ def look_weights(keys: Tensor, values: Tensor) -> Tensor:
     Tensor
         float32 `[batch, kv_heads, columns]`; 0 for a key of zeros, which an empty slot holds.
     """
-    length = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32)
-    weight: Tensor = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32) / length
-    return weight.masked_fill(length == 0, 0.0)
+    length, weight = (torch.linalg.vector_norm(x, dim=-1, dtype=_wide(x)).float() for x in (keys, values))
+    return torch.div(weight, length).masked_fill(length == 0, 0.0)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The dtype to add up in."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -45,6 +45,16 @@ class Serves(ABC):
         """Serve a call: arguments by name, and what computes it."""
 
 
+class Makes(Protocol):
+    """What an open `use` context does for calls of its model."""
+
+    def cache(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Serves | None:
+        """A cache for a call of `generate`, or None where it wants none."""
+
+    def batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a call of `generate_batch`."""
+
+
 @dataclass
 class _State:
     """What is installed on a model.
@@ -54,7 +64,7 @@ class _State:
     """
 
     turn: threading.RLock = field(default_factory=threading.RLock)
-    makers: list[Callable[[tuple[Any, ...], Mapping[str, Any]], Serves | None]] = field(default_factory=list)
+    makers: list[Makes] = field(default_factory=list)
     own_generate: Callable[..., Any] | None = None
 
 
@@ -111,10 +121,8 @@ def uninstall(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def generating(
-    model: PreTrainedModel, make: Callable[[tuple[Any, ...], Mapping[str, Any]], Serves | None]
-) -> Iterator[None]:
-    """Give every `model.generate` inside the context the cache that `make(args, kwargs)` returns, unless it is None.
+def generating(model: PreTrainedModel, make: Makes) -> Iterator[None]:
+    """Give every `model.generate` inside the context the cache that `make` makes, and let it run `generate_batch`.
 
     Contexts may be nested and may overlap: the newest that is open makes the cache.
     """
@@ -191,17 +199,22 @@ def _subclass(original: Any, makes_caches: bool) -> Any:
             state = _states.get(self)
             own = None if state is None else state.own_generate
             if state is not None and state.makers and all(kwargs.get(name) is None for name in CACHE_KEYWORDS):
-                cache = state.makers[-1](args, kwargs)
+                cache = state.makers[-1].cache(args, kwargs)
                 if cache is not None:
                     kwargs[cache_keyword(self)] = cache
             return original.generate(self, *args, **kwargs) if own is None else own(*args, **kwargs)
 
+        def batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return _states[self].makers[-1].batch(*args, **kwargs)
+
         def refuse(self: Any, *_: Any, **__: Any) -> Any:
             raise UnsupportedError(
-                f"continuous batching of {type(self).__name__} brings a paged cache of its own; call generate"
+                f"continuous batching of {type(self).__name__} brings a paged cache of its own; call generate_batch"
             )
 
         members |= {"generate": generate, "init_continuous_batching": refuse}
+        if hasattr(original, "generate_batch"):
+            members["generate_batch"] = functools.wraps(original.generate_batch)(batch)
     return type(original)(original.__name__, (original,), members)
 
 

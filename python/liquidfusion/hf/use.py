@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,8 +36,8 @@ def use(
     Raises
     ------
     ConfigError, UnsupportedError
-        As `KVCache` does, on entering the context. Inside it, continuous batching is refused too, and so is a
-        `cache_implementation` of transformers' own.
+        As `KVCache` does, on entering the context. Inside it `generate_batch` runs through an `Engine`; other ways to
+        continuous batching are refused, and so is a `cache_implementation` of transformers' own.
 
     Examples
     --------
@@ -45,16 +46,33 @@ def use(
     """
     KVCache(model, strategy, budget, **({"prompt_tokens": 1} | options))
 
-    def make(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> KVCache | None:
-        if not _uses_cache(model, kwargs):
+    with hook.generating(model, _Maker(model, strategy, budget, options)):
+        yield
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """What a context was told."""
+
+    model: PreTrainedModel
+    strategy: str | Strategy
+    budget: int | None
+    options: Mapping[str, Any]
+
+    def cache(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> KVCache | None:
+        """A new cache for a call of `generate`."""
+        if not _uses_cache(self.model, kwargs):
             return None
-        given = dict(options)
+        given = dict(self.options)
         if given.get("cache_size") is not None:
             given.setdefault("prompt_tokens", _prompt_tokens(args, kwargs))
-        return KVCache(model, strategy, budget, **given)
+        return KVCache(self.model, self.strategy, self.budget, **given)
 
-    with hook.generating(model, make):
-        yield
+    def batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a call of `generate_batch` through an `Engine`."""
+        from liquidfusion.hf.batches import generate_batch  # transformers' own takes a second to import
+
+        return generate_batch(self.model, self.strategy, self.budget, self.options, *args, **kwargs)
 
 
 def _uses_cache(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> bool:

@@ -1,1 +1,1 @@
-"""Calls of a model: what one brings, and who attends while it runs."""
+"""Calls of a model: what one brings, who attends while it runs, and many requests side by side."""

@@ -50,12 +50,20 @@ class DecodeStep(Backend):
     Plain values and lists: torch.compile traces through this object.
     """
 
-    def __init__(self, group: Group, device: torch.device, ring: Tensor, used: Tensor, seen: Tensor) -> None:
+    def __init__(
+        self,
+        group: Group,
+        device: torch.device,
+        ring: Tensor,
+        used: Tensor,
+        seen: Tensor,
+        active: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.slots: list[Slots] = [layer for layer in group.slots if layer is not None]
         self.scores = [group.ledger.at(index, device) for index in range(group.ledger.layers)]
         self.rings = list(ring.unbind())
-        self.used, self.seen, self.rule = used, seen, group.rule
+        self.used, self.seen, self.active, self.rule = used, seen, active, group.rule
         self.coded = [_coding(slots, device) for slots in self.slots]
         self.layer = -1
         self.attended = 0
@@ -90,6 +98,7 @@ class DecodeStep(Backend):
             softcap=how.softcap,
             window=how.window,
             look_gap=self.rule.look_gap,
+            active=self.active,
             **(coded or {}),
         )
         attended: Tensor = out[:, :, None]

@@ -127,6 +127,20 @@ class Group:
         if self._ledger is not None:
             self._ledger.reset()
 
+    def release(self, row: int) -> None:
+        """Empty one row: nothing of it stays, NaN in unused slots neither."""
+        self.ledger.release(row)
+        torch._foreach_zero_(self._row(row))
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Make a row hold what another does, in place."""
+        self.ledger.copy_row(source, target)
+        torch._foreach_copy_(self._row(target), self._row(source))
+
+    def _row(self, row: int) -> list[Tensor]:
+        """One row of every layer's slots."""
+        return [t[row] for layer in self.slots if layer is not None for t in layer.tensors().values()]
+
     def reserve(self, tokens: int) -> None:
         """Let an unbounded strategy have room for `tokens` tokens a row; what is stored stays."""
         if self.spec.budget is None and tokens > self.ledger.slots:

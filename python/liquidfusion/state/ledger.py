@@ -84,7 +84,7 @@ class Ledger:
         self.host = Scores.empty(shape, spec.scored, torch.device("cpu"), pinned=device.type == "cuda")
         self.core = _core.Ledger(spec, self.host.positions, self.host.mass, self.host.peak, threads=threads)
         self._attending: list[Scores | None] = [None] * shape[0]
-        self._uploading: set[torch.device] = set()
+        self._uploading: dict[torch.device, torch.cuda.Event] = {}
         # Rows whose scores beside the slots are newer than the host's.
         self._newer_on_device: set[int] = set()
         with torch.inference_mode(False):
@@ -162,6 +162,10 @@ class Ledger:
         """Note that layers have added the looks of a decode step to their own scores."""
         if self.spec.scored and any(True for _ in self._apart()):
             self._newer_on_device |= {row for row, length in enumerate(lengths) if length}
+
+    def attended_rows(self, rows: Sequence[int]) -> None:
+        """Note that the layers' own scores of some rows are newer."""
+        self._newer_on_device.update(rows)
 
     def keep(
         self, index: int, ranks: Tensor, lengths: Sequence[int], scores: Tensor | None, distinct: Tensor | None = None
@@ -245,9 +249,8 @@ class Ledger:
 
     def wait(self) -> None:
         """Wait until the devices have read what the host sent: it may be overwritten then."""
-        for device in self._uploading:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+        for sent in self._uploading.values():
+            sent.synchronize()
         self._uploading.clear()
 
     def _apart(self) -> Iterator[tuple[int, Scores]]:
@@ -261,13 +264,16 @@ class Ledger:
         layer = self._attending[index]
         if layer is None or layer.positions.data_ptr() == self.host.positions[index].data_ptr():
             return
-        self._uploading.add(layer.positions.device)
         for copy, newest in zip(layer.tensors(), self._of_host(index).tensors(), strict=True):
             if len(rows) == self.batch:
                 copy.copy_(newest, non_blocking=True)
             else:
                 for row in rows:
                     copy[row].copy_(newest[row], non_blocking=True)
+        device = layer.positions.device
+        if device.type == "cuda":
+            sent = self._uploading[device] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            sent.record(torch.cuda.current_stream(device))
 
     # All rows
 
@@ -280,6 +286,27 @@ class Ledger:
             for tensor in scores.tensors():
                 tensor.copy_(tensor.index_select(0, rows.to(tensor.device)))
         self._newer_on_device = {row for row, old in enumerate(chosen) if old in self._newer_on_device}
+
+    def release(self, row: int) -> None:
+        """Empty one row."""
+        self.wait()
+        self.core.release(row)
+        self._newer_on_device.discard(row)
+        for _, layer in self._apart():
+            layer.positions[row].fill_(-1)
+            for scores in layer.attention() or ():
+                scores[row].zero_()
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Make a row hold what another does, in place."""
+        self.wait()
+        self.core.copy_row(source, target)
+        for _, layer in self._apart():
+            for tensor in layer.tensors():
+                tensor[target].copy_(tensor[source])
+        self._newer_on_device.discard(target)
+        if source in self._newer_on_device:
+            self._newer_on_device.add(target)
 
     def reset(self) -> None:
         """Empty every slot."""

@@ -150,6 +150,54 @@ def scatter(state: State, groups: Groups, devices: Sequence[torch.device]) -> No
         raise CacheError(f"tensors {sorted(tensors)} do not belong to a session of this model and strategy")
 
 
+def check(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+    """Refuse tensors of a state that are not of the same names, dtypes and, but for the slots, shapes as others.
+
+    Raises
+    ------
+    CacheError
+        Naming the tensor.
+    """
+    if set(tensors) != set(like):
+        raise CacheError(
+            f"tensors {sorted(set(tensors) ^ set(like))} are missing or do not belong to a state like this"
+        )
+    for name, own in like.items():
+        slots = 3 if name.startswith(("positions", "queues", *SCORES)) else 2
+        shape = [*own.shape]
+        shape[slots] = tensors[name].shape[slots] if tensors[name].dim() > slots else 0
+        _check_tensor(tensors, name, tuple(shape), own.dtype)
+
+
+def refill(state: Mapping[str, Tensor], seen: list[int], groups: Groups) -> None:
+    """Fill groups in use from a state's tensors, which stay as they are; an unbounded group may have more slots."""
+    tensors = dict(state)
+    for number, group in enumerate(groups.all):
+        for name in (f"positions.{number}", *(f"{kind}.{number}" for kind in SCORES)):
+            if name in tensors:
+                tensors[name] = _wider(tensors[name], group.ledger.slots, -1 if name.startswith("positions") else 0)
+        if group.spec.budget is None:
+            # Every slot that is empty may be written next.
+            empty = tensors[f"positions.{number}"] < 0
+            order = empty.logical_not().to(torch.uint8).argsort(stable=True, dim=-1).int()
+            there = torch.arange(order.shape[-1], device="cpu") < empty.sum(-1, keepdim=True)
+            tensors[f"queues.{number}"] = order.where(there, -1).contiguous()
+        _fill(group, number, tensors, seen)
+    for layer in groups.places:
+        group, index = groups[layer]
+        slots = group.slots[index]
+        assert slots is not None
+        for name, own in slots.tensors().items():
+            kept = tensors[f"{name}.{layer}"]
+            own[:, :, : kept.shape[2]].copy_(kept, non_blocking=True)
+    for group in groups.all:
+        group.ledger.push()
+
+
+def _wider(tensor: Tensor, slots: int, value: int) -> Tensor:
+    return torch.nn.functional.pad(tensor, (0, slots - tensor.shape[-1]), value=value)
+
+
 def _fill(group: Group, number: int, tensors: dict[str, Tensor], seen: list[int]) -> None:
     """Take over positions, scores and queues of one group."""
     ledger = group.ledger

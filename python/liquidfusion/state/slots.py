@@ -53,6 +53,10 @@ class Side(ABC):
         """Length of what each slot holds, float32 `[batch, kv_heads, slots]`."""
 
     @abstractmethod
+    def part(self, rows: range) -> Self:
+        """Consecutive batch rows, in the same memory."""
+
+    @abstractmethod
     def grown(self, slots: int) -> Self:
         """A copy with more slots, the new ones empty."""
 
@@ -108,8 +112,11 @@ class Plain(Side):
 
     def lengths(self) -> Tensor:
         """Length of what each slot holds."""
-        length: Tensor = torch.linalg.vector_norm(self.held, dim=-1, dtype=torch.float32)
-        return length
+        return _lengths(self.held)
+
+    def part(self, rows: range) -> Self:
+        """Consecutive batch rows, in the same memory."""
+        return type(self)(self.held[rows.start : rows.stop], self.made)
 
     def grown(self, slots: int) -> Self:
         """A copy with more slots, the new ones empty."""
@@ -189,6 +196,10 @@ class Coded(Side):
         """Length of what each slot holds."""
         return self.coding.lengths(self.codes)
 
+    def part(self, rows: range) -> Self:
+        """Consecutive batch rows, in the same memory."""
+        return type(self)(Codes(*(x[rows.start : rows.stop] for x in self.codes)), self.coding, self.made)
+
     def grown(self, slots: int) -> Self:
         """A copy with more slots, the new ones empty."""
         batch, kv_heads, old, _ = self.codes.codes.shape
@@ -241,8 +252,11 @@ class Front(Side):
 
     def lengths(self) -> Tensor:
         """Length of what each slot holds."""
-        length: Tensor = torch.linalg.vector_norm(self.read(), dim=-1, dtype=torch.float32)
-        return length
+        return _lengths(self.read())
+
+    def part(self, rows: range) -> Self:
+        """Consecutive batch rows, in the same memory."""
+        return type(self)(self.keys.part(rows), self.width)
 
     def grown(self, slots: int) -> Self:
         """A copy with more slots, for keys that have as many."""
@@ -370,6 +384,10 @@ class Slots:
         sides = {"key": self.keys.tensors(), "value": self.values.tensors()}
         return {f"{side}_{x}" if x else f"{side}s": t for side, named in sides.items() for x, t in named.items()}
 
+    def part(self, rows: range) -> Self:
+        """Consecutive batch rows, in the same memory."""
+        return type(self)(self.keys.part(rows), self.values.part(rows))
+
     def grown(self, slots: int) -> Self:
         """A copy with more slots, the new ones empty."""
         keys = self.keys.grown(slots)
@@ -393,15 +411,20 @@ def _distinct_by_kernel(keys: Side, held: Tensor, key: Tensor | None) -> Tensor:
     return distinct
 
 
+def _lengths(held: Tensor) -> Tensor:
+    """Lengths of vectors, float32, added up in no narrower type than they are."""
+    length: Tensor = torch.linalg.vector_norm(held, dim=-1, dtype=torch.promote_types(held.dtype, torch.float32))
+    return length.float()
+
+
 def _scatter(held: Tensor, at: Tensor, new: Tensor, rows: Sequence[int] | None) -> None:
     """Overwrite one slot per row and head of `[batch, kv_heads, slots, x]` by `[rows, kv_heads, x]`."""
-    target = at[..., None, None].expand(-1, -1, 1, held.shape[3])
-    new = new.view(*new.shape[:2], 1, held.shape[3])
+    new = new.view(*new.shape[:2], held.shape[3])
     if rows is None:
-        held.scatter_(2, target, new)
+        held.scatter_(2, at[..., None, None].expand(-1, -1, 1, held.shape[3]), new[:, :, None])
     else:
-        index = torch.tensor(rows, device=held.device)
-        held[index] = held[index].scatter(2, target, new)
+        row = torch.tensor(rows, device=held.device)[:, None]
+        held[row, torch.arange(held.shape[1], device=held.device), at] = new
 
 
 def _move(source: Tensor, new: Tensor, held: Tensor) -> None:

@@ -8,9 +8,8 @@ use half::f16;
 
 use crate::accumulate::Element as _;
 use crate::error::{Result, fail};
-use pulp::Simd;
 
-use crate::simd::{self, Work};
+use crate::simd::{self, Lanes, Work};
 use crate::threads;
 use crate::view::{View, ViewMut};
 
@@ -153,7 +152,7 @@ impl Work for Encode<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
+    fn run<L: Lanes>(self, _: L) {
         let (mut y, mut sums) = (vec![0.0; self.signs.len()], vec![0.0; self.signs.len()]);
         let bytes = self.codes.len() / self.scales.len();
         let vectors = self.states.chunks(self.head_dim).zip(self.codes.chunks_mut(bytes)).zip(self.scales);
@@ -308,7 +307,7 @@ impl Work for Logits<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
+    fn run<L: Lanes>(self, _: L) {
         match self.bits {
             Bits::Eight => self.with::<8>(),
             Bits::Four => self.with::<4>(),
@@ -388,7 +387,7 @@ impl Work for Outputs<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
+    fn run<L: Lanes>(self, _: L) {
         match self.bits {
             Bits::Eight => self.with::<8>(),
             Bits::Four => self.with::<4>(),
@@ -453,7 +452,7 @@ impl Work for Squares<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
+    fn run<L: Lanes>(self, _: L) {
         match self.bits {
             Bits::Eight => self.with::<8>(),
             Bits::Four => self.with::<4>(),

@@ -206,15 +206,17 @@ impl PyLedger {
         })
     }
 
-    /// Copy queue entries `skip[b]` and following, -1 beyond the end.
-    fn peek(&self, out: &Bound<'_, PyAny>, skip: &Bound<'_, PyAny>) -> PyResult<()> {
+    /// Copy queue entries `skip[i]` and following of some rows (None: all), -1 beyond the end.
+    #[pyo3(signature = (out, skip, rows=None))]
+    fn peek(&self, out: &Bound<'_, PyAny>, skip: &Bound<'_, PyAny>, rows: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
         let py = out.py();
+        let rows = some_rows(rows)?;
         let skip = ints("skip", skip)?;
         let mut out = Tensor::<i32, 4>::import("out", "[layers, batch, kv_heads, n]", out, Access::Write)?;
         let state = self.lock(py);
         let state = &*state;
         let shape = out.shape();
-        released(py, || state.ledger.peek(&skip, &mut ViewMut::new("out", out.slice_mut(), shape)?))
+        released(py, || state.ledger.peek(&skip, rows.as_deref(), &mut ViewMut::new("out", out.slice_mut(), shape)?))
     }
 
     /// Rows of the running call that choose their next victims when it ends.
@@ -227,14 +229,16 @@ impl PyLedger {
         self.lock(py).ledger.queue_lengths()
     }
 
-    /// Copy all queues, padded with -1.
-    fn queues(&self, out: &Bound<'_, PyAny>) -> PyResult<()> {
+    /// Copy the queues of some rows (None: all), padded with -1.
+    #[pyo3(signature = (out, rows=None))]
+    fn queues(&self, out: &Bound<'_, PyAny>, rows: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
         let py = out.py();
+        let rows = some_rows(rows)?;
         let mut out = Tensor::<i32, 4>::import("out", SLOTS, out, Access::Write)?;
         let state = self.lock(py);
         let state = &*state;
         let shape = out.shape();
-        released(py, || state.ledger.queues(&mut ViewMut::new("out", out.slice_mut(), shape)?))
+        released(py, || state.ledger.queues(rows.as_deref(), &mut ViewMut::new("out", out.slice_mut(), shape)?))
     }
 
     /// Take over saved queues and counters of some rows (None: all); the bound tensors already hold what was saved.

@@ -22,6 +22,7 @@ if _FOUND:
     from .coded import decode_coded
     from .decode import decode
     from .distinct import distinctness
+    from .draw import draw
     from .encode import decode_states, encode_states, place_coded
     from .place import place
     from .prefill import prefill
@@ -32,6 +33,7 @@ if _FOUND:
         "decode_coded",
         "decode_states",
         "distinctness",
+        "draw",
         "encode_states",
         "place",
         "place_coded",

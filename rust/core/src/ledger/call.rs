@@ -76,8 +76,8 @@ impl Ledger {
 
     /// End a call: rows whose queue holds no more than an interval of slots choose their next victims. Returns how many were chosen.
     ///
-    /// `distinct` (`[layers, rows, kv_heads, slots]`) is how far each stored token's key points from the mean of those that are held; only
-    /// strategies that go by it need it, and only when victims are chosen.
+    /// `distinct` (`[layers, rows of the call, kv_heads, slots]`) is how far each stored token's key points from the mean of those that are
+    /// held; only strategies that go by it need it, and only when victims are chosen.
     pub fn finish(&mut self, slots: &Slots<'_>, distinct: Option<View<'_, f32, 4>>) -> Result<u64> {
         self.check_slots(slots)?;
         let Some(call) = &self.call else { fail!(Cache, "finish must come after begin") };
@@ -86,7 +86,8 @@ impl Ledger {
         {
             fail!(Cache, "finish must come after every layer's chunk; layer {layer} is missing");
         }
-        let distinct = needed(&self.spec, distinct, self.shape.dims())?;
+        let Shape { layers, kv_heads, slots: per_head, .. } = self.shape;
+        let distinct = needed(&self.spec, distinct, [layers, call.rows.len(), kv_heads, per_head])?;
         // Each row's ring once its chunk counts, and how many victims join it.
         let mut rings: Vec<Ring> = (0..self.shape.rows).map(|row| self.ring(row)).collect();
         let mut due = vec![0; self.shape.rows];
@@ -106,8 +107,13 @@ impl Ledger {
 
     /// Append the victims that are due in each row to its heads' queues, where nobody reads until the length is committed.
     fn choose(&mut self, slots: &Slots<'_>, distinct: Option<&[f32]>, rings: &[Ring], due: &[usize]) -> Result<()> {
-        let Self { spec, shape, seen, average, queues, .. } = self;
+        let Self { spec, shape, seen, average, queues, call, .. } = self;
         let (spec, shape) = (&*spec, *shape);
+        let rows = call.as_ref().map_or(&[][..], |call| &call.rows);
+        let mut own = vec![0; shape.rows]; // index of each row in the call
+        for (i, &row) in rows.iter().enumerate() {
+            own[row] = i;
+        }
         if spec.distinct() && distinct.is_none() {
             fail!(Tensor, "{} needs distinct, got None", spec.strategy().name);
         }
@@ -123,7 +129,10 @@ impl Ledger {
             let scores = [
                 scores.map_or(&[][..], |(mass, _)| &mass[here.clone()]),
                 scores.map_or(&[][..], |(_, peak)| &peak[here.clone()]),
-                distinct.map_or(&[][..], |distinct| &distinct[here.clone()]),
+                distinct.map_or(&[][..], |distinct| {
+                    let pair = (place.layer * rows.len() + own[place.row]) * shape.kv_heads + place.kv_head;
+                    &distinct[pair * shape.slots..][..shape.slots]
+                }),
             ];
             let heavy = spec.heavy(average.as_ref());
             let rule = Rule { split, adaptive: spec.adaptive(), heavy: &*heavy };

@@ -193,13 +193,14 @@ impl Ledger {
         size_of_val(&*self.queues)
     }
 
-    /// Copy queue entries `skip[row]` and following into `out` (`[layers, rows, kv_heads, n]`), -1 beyond the end.
-    pub fn peek(&self, skip: &[i64], out: &mut ViewMut<'_, i32, 4>) -> Result<()> {
-        let Shape { layers, rows, kv_heads, .. } = self.shape;
-        let n = out.shape()[3];
-        out.expect("out", [layers, rows, kv_heads, n])?;
-        if skip.len() != rows {
-            fail!(Tensor, "skip must have one entry per row, {rows}, got {}", skip.len());
+    /// Copy queue entries `skip[i]` and following of `rows[i]` (`None`: all rows) into `out` (`[layers, rows, kv_heads, n]`), -1 beyond
+    /// the end.
+    pub fn peek(&self, skip: &[i64], rows: Option<&[i64]>, out: &mut ViewMut<'_, i32, 4>) -> Result<()> {
+        let Shape { layers, kv_heads, .. } = self.shape;
+        let (rows, n) = (self.chosen_rows(rows)?, out.shape()[3]);
+        out.expect("out", [layers, rows.len(), kv_heads, n])?;
+        if skip.len() != rows.len() {
+            fail!(Tensor, "skip must have one entry per row, {}, got {}", rows.len(), skip.len());
         }
         if let Some(bad) = skip.iter().find(|&&s| s < 0) {
             fail!(Config, "skip must not be negative, got {bad}");
@@ -207,18 +208,22 @@ impl Ledger {
         if n == 0 {
             return Ok(());
         }
-        for (head, out) in out.data().chunks_exact_mut(n).enumerate() {
-            let skip = usize::try_from(skip[self.shape.place(head).row]).unwrap_or(usize::MAX);
-            let mut queue = self.queue(head).skip(skip);
-            out.fill_with(|| queue.next().unwrap_or(-1));
+        for (i, out) in out.data().chunks_exact_mut(kv_heads * n).enumerate() {
+            let (layer, i) = (i / rows.len(), i % rows.len());
+            let skip = usize::try_from(skip[i]).unwrap_or(usize::MAX);
+            for (kv_head, out) in out.chunks_exact_mut(n).enumerate() {
+                let mut queue = self.queue(self.shape.head(Place { layer, row: rows[i], kv_head })).skip(skip);
+                out.fill_with(|| queue.next().unwrap_or(-1));
+            }
         }
         Ok(())
     }
 
-    /// Copy all queues into `out` (`[layers, rows, kv_heads, slots]`), padded with -1.
-    pub fn queues(&self, out: &mut ViewMut<'_, i32, 4>) -> Result<()> {
-        out.expect("out", self.shape.dims())?;
-        self.peek(&vec![0; self.shape.rows], out)
+    /// Copy the queues of some rows (`None`: all) into `out` (`[layers, rows, kv_heads, slots]`), padded with -1.
+    pub fn queues(&self, rows: Option<&[i64]>, out: &mut ViewMut<'_, i32, 4>) -> Result<()> {
+        let count = rows.map_or(self.shape.rows, <[i64]>::len);
+        out.expect("out", [self.shape.layers, count, self.shape.kv_heads, self.shape.slots])?;
+        self.peek(&vec![0; count], rows, out)
     }
 
     fn check_slots(&self, slots: &Slots<'_>) -> Result<()> {

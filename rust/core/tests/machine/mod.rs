@@ -284,7 +284,7 @@ impl Machine {
 
     fn queues(&self) -> Vec<i32> {
         let mut queues = vec![-7; self.positions.len()];
-        self.ledger.queues(&mut ViewMut::new("out", &mut queues, self.shape.dims()).unwrap()).unwrap();
+        self.ledger.queues(None, &mut ViewMut::new("out", &mut queues, self.shape.dims()).unwrap()).unwrap();
         queues
     }
 
