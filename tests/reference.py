@@ -117,7 +117,7 @@ def _h2o(budget: int | None) -> Rules:
 
 def _liquid_fusion(budget: int | None) -> Rules:
     return Rules(
-        budget, sink_size=4, heavy=0.75, recent=0.25, peak_ratio=0.6, gamma=gamma_of(0.3),
+        budget, sink_size=4, heavy=0.75, recent=0.25, distinct_ratio=0.3, peak_ratio=0.4, gamma=gamma_of(0.3),
         peak_reach=math.inf if budget is None else budget, look_gap=8, averaged=True, half_life=4096, weighted=True,
     )  # fmt: skip
 

@@ -132,6 +132,25 @@ class Coding:
             return out
         return encode(states if mu is None else states - mu[:, None], self.bits)
 
+    def turned(self, states: Tensor) -> Tensor:
+        """Vectors `[batch, kv_heads, columns, head_dim]` before they are coded: centred and rotated, float32."""
+        states = states.detach().float()
+        mu = self._mu(states.device)
+        return rotate(states if mu is None else states - mu[:, None])
+
+    def turned_back(self, turned: Tensor) -> Tensor:
+        """The vectors again, float32."""
+        states = unrotate(turned.float(), self.head_dim)
+        mu = self._mu(states.device)
+        return states if mu is None else states + mu[:, None]
+
+    def turned_logits(self, query: Tensor, turned: Tensor) -> Tensor:
+        """As `logits`, of vectors that are turned and not coded."""
+        query = query.detach().float()
+        products = rotate(query) @ turned.float().transpose(2, 3)
+        mu = self._mu(query.device)
+        return products if mu is None else products.add_((query * mu[:, None]).sum(-1, keepdim=True))
+
     def levels(self, codes: Tensor) -> Tensor:
         """Levels, odd integers as float32 `[batch, kv_heads, slots, width]`, of codes."""
         return levels(codes, self.bits)

@@ -18,7 +18,7 @@ from liquidfusion.compute import kernels
 from liquidfusion.compute.rotary import Rotary
 from liquidfusion.exceptions import CacheError, ConfigError, UnsupportedError
 from liquidfusion.geometry import Geometry, attention_configs, layer_devices
-from liquidfusion.hf.formats import fit, layer_formats, layer_spec
+from liquidfusion.hf.formats import fit, layer_formats, layer_spec, with_first
 from liquidfusion.hf.function import IMPLEMENTATION, REPLAYED
 from liquidfusion.hf.hook import Forward, Serves, install, switched
 from liquidfusion.hf.layers import Seen, States, cache_layers
@@ -146,6 +146,8 @@ class KVCache(Cache, Serves):
             i: (layer_spec(self.spec, geometry.layers[i].window), geometry.layers[i].kv_heads)
             for i in geometry.attention_layers
         }
+        for index, (spec, _) in kept.items():
+            formats[index] = with_first(formats[index], spec)
         self._groups = Groups(kept, formats, threads)
         super().__init__(layers=cache_layers(model, geometry, self._groups, self._seen))
         self._states = States(self.layers)

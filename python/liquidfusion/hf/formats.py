@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from weakref import WeakSet
 
 import torch
@@ -77,6 +78,19 @@ def layer_formats(model: PreTrainedModel, geometry: Geometry, bits: Bits | None,
     return formats
 
 
+def with_first(held: Format, spec: _core.Spec) -> Format:
+    """The same format with a strategy's pinned sinks in 16 bits beside codes: they always lie in the first slots."""
+    coded = isinstance(held.keys, Coding) or isinstance(held.values, Coding)
+    pinned = spec.params.get("sinks") in (None, "pinned")
+    return replace(held, first=int(spec.params.get("sink_size") or 0) if coded and pinned and spec.bounded else 0)
+
+
+def first_bytes(layer: Layer, held: Format) -> int:
+    """Bytes that the first slots of a layer take beside their codes, in all heads."""
+    widths = [how.width for how in (held.keys, held.values) if isinstance(how, Coding)]
+    return layer.kv_heads * held.first * 2 * sum(widths)
+
+
 def slot_bytes(layer: Layer, held: Format, spec: _core.Spec, element: int) -> int:
     """Bytes of one token in all heads of a layer; `element`: of a number in the model's dtype."""
 
@@ -107,6 +121,7 @@ def fit(strategy: Strategy, memory: int | str, geometry: Geometry, formats: Sequ
             layer, held = geometry.layers[index], formats[index]
             spec = layer_spec(own, layer.window)
             total += (spec.budget or 0) * slot_bytes(layer, held, spec, element)
+            total += first_bytes(layer, with_first(held, spec))
         return total * geometry.processes
 
     sinks = int(strategy.spec().params.get("sink_size") or 0)

@@ -151,6 +151,7 @@ class Graph:
             self._positions = torch.zeros((batch, 1), dtype=torch.int64, device=self.device)
         self._staging: Tensor | None = None
         self._distinct: Tensor | None = None  # of the decision under way
+        self._worth: Tensor | None = None  # the same where it is computed
         if self._gpu:
             self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             self._scores_copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -330,7 +331,7 @@ class Graph:
         """At a watermark: let the host's ledger catch up and, where a queue runs low, start copying the scores."""
         self._replay(last_open=True)
         due = bool(self.ledger.due())
-        self._distinct = self.group.distinctness() if due and self.spec.distinct else None
+        self._distinct = self._distinctness() if due and self.spec.distinct else None
         if self.spec.scored and due:
             self._deciding = True
             self._copy_scores()
@@ -361,7 +362,31 @@ class Graph:
         with torch.cuda.stream(self._copies):
             for own, newest in zip(host, self._staging, strict=True):
                 own.copy_(newest, non_blocking=True)
+            if self._worth is not None and self._distinct is not None:
+                self._distinct.copy_(self._worth, non_blocking=True)
             self._scores_copied.record(self._copies)
+
+    def _distinctness(self) -> Tensor:
+        """Distinctness of the tokens that no victim is chosen of yet, `[layers, batch, kv_heads, slots]` on the CPU.
+
+        On a GPU where scores are copied, too, it is there when they are.
+        """
+        if not (self._gpu and self.spec.scored):
+            return self.group.distinctness()
+        if self._worth is None:
+            with torch.inference_mode(False):
+                self._worth = torch.empty(self.ledger.shape, dtype=torch.float32, device=self.device)
+                self._worth_host = torch.empty(self.ledger.shape, dtype=torch.float32, device="cpu", pin_memory=True)
+        size, slots = self.ring.shape[3], self.ledger.slots
+        # What is left of the queues is in the ring, from the entry that the next step takes.
+        lengths = torch.tensor(self.ledger.core.queue_lengths(), device=self.device)
+        waiting = (torch.arange(size, device=self.device) - self._replayed) % size < lengths[:, None]
+        for index in range(self.ledger.layers):
+            held = torch.nn.functional.pad(self._backend.scores[index].positions >= 0, (0, 1))
+            taken = self.ring[index].long().where(waiting[:, None], slots)
+            held.scatter_(2, taken, False)
+            self._worth[index] = self._backend.slots[index].distinctness(held[..., :slots].contiguous())
+        return self._worth_host
 
     def _join(self) -> None:
         """Finish the decision under way, if any, and send its victims to the ring."""

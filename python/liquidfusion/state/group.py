@@ -112,8 +112,8 @@ class Group:
         """Distinctness of all tokens not to be overwritten next, `[layers, batch, kv_heads, slots]` on the CPU."""
         held = self.ledger.staying()
         layers = [x for x in self.slots if x is not None]
-        found = [x.distinctness(h.to(device_of(x))).cpu() for x, h in zip(layers, held, strict=True)]
-        return torch.stack(found)
+        found = [x.distinctness(h.to(device_of(x))) for x, h in zip(layers, held, strict=True)]
+        return torch.stack([worth.cpu() for worth in found])
 
     def reorder(self, rows: Tensor) -> None:
         """Replace batch row `i` by row `rows[i]`, in place."""

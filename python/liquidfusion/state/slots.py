@@ -129,19 +129,32 @@ class Plain(Side):
 class Coded(Side):
     """Codes; a token is coded once and never again.
 
-    `codes`: what is held. `coding`: how. `made`: the model's dtype.
+    `codes`: what is held. `coding`: how. `made`: the model's dtype. `first`: the first slots' vectors once more, turned
+    but not coded, `[batch, kv_heads, first slots, width]` in 16 bits; None: of no slot. Attention sinks lie there:
+    every query gives them much of its attention, so that an error in them weighs more than in all other tokens.
     """
 
-    def __init__(self, held: Codes, coding: Coding, made: torch.dtype) -> None:
-        self.codes, self.coding, self.made = held, coding, made
+    def __init__(self, held: Codes, coding: Coding, made: torch.dtype, first: Tensor | None = None) -> None:
+        self.codes, self.coding, self.made, self.first = held, coding, made, first
+
+    @classmethod
+    def empty(cls, like: Tensor, batch: int, slots: int, coding: Coding, first: int) -> Self:
+        """Empty slots for columns like `[rows, kv_heads, columns, d]`, the first ones also in 16 bits."""
+        kv_heads, half = like.shape[1], torch.float16 if like.dtype == torch.float16 else torch.bfloat16
+        with torch.inference_mode(False):
+            exact = torch.zeros((batch, kv_heads, first, coding.width), dtype=half, device=like.device)
+        return cls(coding.empty(batch, kv_heads, slots, like.device), coding, like.dtype, exact if first else None)
 
     def read(self) -> Tensor:
-        """What the codes stand for."""
-        return self._decoded(self.codes)
+        """What the codes stand for, and the first slots as they are."""
+        states = self.decoded(self.codes)
+        if self.first is not None:
+            states[:, :, : self.first.shape[2]] = self.coding.turned_back(self.first).to(self.made)
+        return states
 
     def rounded(self, states: Tensor) -> Tensor:
-        """States as they will be read."""
-        return self._decoded(self.encoded(states))
+        """States as codes have them."""
+        return self.decoded(self.encoded(states))
 
     def encoded(self, states: Tensor) -> Codes:
         """Codes of states `[rows, kv_heads, columns, d]`."""
@@ -150,55 +163,84 @@ class Coded(Side):
         with torch.cuda.device_of(states):  # type: ignore[no-untyped-call]
             return Codes(*kernels.encode_states(states, *self.turn, self.coding.bits))
 
+    def decoded(self, held: Codes) -> Tensor:
+        """What codes stand for."""
+        if not kernels.available(held.codes.device):
+            return self.coding.decode(held, self.made)
+        mu, (turn, _) = self.coding.mu, self.turn
+        with torch.cuda.device_of(held.codes):  # type: ignore[no-untyped-call]
+            mean = None if mu is None else mu.to(held.codes.device)
+            states: Tensor = kernels.decode_states(*held, turn, mean, self.coding.head_dim, self.made)
+            return states
+
     @property
     def turn(self) -> tuple[Tensor, Tensor | None]:
         """The rotation and the rotated mean as the kernels take them."""
         device = self.codes.codes.device
         return codes.rotation(self.coding.width, device), self.coding.rotated_mean(device)
 
-    def _decoded(self, held: Codes) -> Tensor:
-        if not kernels.available(held.codes.device):
-            return self.coding.decode(held, self.made)
-        mu, (turn, _) = self.coding.mu, self.turn
-        with torch.cuda.device_of(held.codes):  # type: ignore[no-untyped-call]
-            mean = None if mu is None else mu.to(held.codes.device)
-            return kernels.decode_states(*held, turn, mean, self.coding.head_dim, self.made)
-
     def tensors(self) -> dict[str, Tensor]:
         """All memory by name."""
-        return {"codes": self.codes.codes, "scales": self.codes.scales}
+        exact = {} if self.first is None else {"first": self.first}
+        return {"codes": self.codes.codes, "scales": self.codes.scales, **exact}
 
     def write(self, at: Tensor, states: Tensor, rows: Sequence[int] | None) -> None:
         """Store one token per row and head."""
         new = self.encoded(states)
         _scatter(self.codes.codes, at, new.codes[:, :, 0], rows)
         _scatter(self.codes.scales[..., None], at, new.scales, rows)
+        if self.first is not None:
+            count = self.first.shape[2]
+            source = torch.where(at[..., None] == torch.arange(count, device=at.device), 0, -1)
+            held = self.first if rows is None else self.first[list(rows)]
+            self._put_first(source, states, held)
+            if rows is not None:
+                self.first[list(rows)] = held
 
     def put(self, source: Tensor, states: Tensor) -> None:
         """Store a chunk's columns."""
         if kernels.available(states.device):
             with torch.cuda.device_of(states):  # type: ignore[no-untyped-call]
                 kernels.place_coded(source, states, *self.codes, *self.turn)
-            return
-        new = self.coding.encode(states)
-        _move(source, new.codes, self.codes.codes)
-        _move(source, new.scales[..., None], self.codes.scales[..., None])
+        else:
+            new = self.coding.encode(states)
+            _move(source, new.codes, self.codes.codes)
+            _move(source, new.scales[..., None], self.codes.scales[..., None])
+        if self.first is not None:
+            self._put_first(source[..., : self.first.shape[2]], states, self.first)
+
+    def _put_first(self, source: Tensor, states: Tensor, held: Tensor) -> None:
+        """Put columns of `states` where `source` `[rows, kv_heads, first slots]` says into `held`."""
+        column = source.clamp(min=0).long()[..., None].expand(-1, -1, -1, states.shape[3])
+        turned = self.coding.turned(states.gather(2, column)).to(held.dtype)
+        torch.where((source >= 0)[..., None], turned, held, out=held)
 
     def products(self, query: Tensor) -> Tensor:
         """Products of queries with each slot."""
-        return self.coding.logits(query, self.codes)
+        products = self.coding.logits(query, self.codes)
+        if self.first is not None:
+            products[..., : self.first.shape[2]] = self.coding.turned_logits(query, self.first)
+        return products
 
     def sums(self, weights: Tensor) -> Tensor:
         """Weighted sums over slots."""
-        return self.coding.outputs(weights, self.codes).to(self.made)
+        if self.first is None:
+            return self.coding.outputs(weights, self.codes).to(self.made)
+        count = self.first.shape[2]
+        own = weights[..., :count] @ self.coding.turned_back(self.first)
+        rest = weights.clone()
+        rest[..., :count] = 0.0
+        return (self.coding.outputs(rest, self.codes) + own).to(self.made)
 
     def lengths(self) -> Tensor:
-        """Length of what each slot holds."""
+        """Length of what each slot holds, as codes have it."""
         return self.coding.lengths(self.codes)
 
     def part(self, rows: range) -> Self:
         """Consecutive batch rows, in the same memory."""
-        return type(self)(Codes(*(x[rows.start : rows.stop] for x in self.codes)), self.coding, self.made)
+        which = slice(rows.start, rows.stop)
+        held = Codes(*(tensor[which] for tensor in self.codes))
+        return type(self)(held, self.coding, self.made, None if self.first is None else self.first[which])
 
     def grown(self, slots: int) -> Self:
         """A copy with more slots, the new ones empty."""
@@ -206,7 +248,7 @@ class Coded(Side):
         new = self.coding.empty(batch, kv_heads, slots, self.codes.codes.device)
         for held, larger in zip(self.codes, new, strict=True):
             larger[:, :, :old] = held
-        return type(self)(new, self.coding, self.made)
+        return type(self)(new, self.coding, self.made, None if self.first is None else self.first.clone())
 
 
 class Front(Side):
@@ -267,12 +309,14 @@ class Front(Side):
 class Format:
     """How a layer's slots hold keys and values: a dtype, a coding, or None for the model's own dtype.
 
-    `front`: where values are the first elements of keys, as many as this, and else 0.
+    `front`: where values are the first elements of keys, as many as this, and else 0. `first`: how many of the first
+    slots hold 16 bits beside codes.
     """
 
     keys: torch.dtype | Coding | None = None
     values: torch.dtype | Coding | None = None
     front: int = 0
+    first: int = 0
 
 
 class Slots:
@@ -287,7 +331,7 @@ class Slots:
 
         def side(like: Tensor, how: torch.dtype | Coding | None) -> Side:
             if isinstance(how, Coding):
-                return Coded(how.empty(batch, like.shape[1], slots, like.device), how, like.dtype)
+                return Coded.empty(like, batch, slots, how, held.first)
             return Plain.empty(like, batch, slots, how)
 
         keys = side(key, held.keys)
@@ -311,6 +355,8 @@ class Slots:
     @property
     def replayable(self) -> bool:
         """Whether the decode kernels read this layer: numbers in another dtype than the model's are converted first."""
+        if any(isinstance(side, Coded) and side.first is not None for side in (self.keys, self.values)):
+            return False
         return all(side.held.dtype == side.made for side in (self.keys, self.values) if isinstance(side, Plain))
 
     def check(self, layer: int, key: Tensor) -> None:
@@ -374,7 +420,8 @@ class Slots:
             with torch.cuda.device_of(held):  # type: ignore[no-untyped-call]
                 return _distinct_by_kernel(keys, held, key)
         if key is not None:
-            return codes.distinctness(torch.cat((keys.read(), keys.rounded(key)), 2), held)
+            stored = keys.decoded(keys.codes) if isinstance(keys, Coded) else keys.read()
+            return codes.distinctness(torch.cat((stored, keys.rounded(key)), 2), held)
         if isinstance(keys, Coded):
             return keys.coding.distinctness(keys.codes, held)
         return codes.distinctness(keys.read(), held)
@@ -399,13 +446,14 @@ class Slots:
 def _distinct_by_kernel(keys: Side, held: Tensor, key: Tensor | None) -> Tensor:
     """`Slots.distinctness` on a GPU, where neither stored nor new keys are decoded."""
     if isinstance(keys, Coded):
-        parts = [keys.codes] if key is None else [keys.codes, keys.encoded(key)]
+        parts: list[tuple[Tensor, Tensor | None]] = [keys.codes]
+        parts += [] if key is None else [keys.encoded(key)]
         width, mean = keys.coding.width, keys.turn[1]
     else:
         states = [keys.read()] if key is None else [keys.read(), keys.rounded(key)]
         parts, width, mean = [(part.contiguous(), None) for part in states], None, None
     counts = [part[0].shape[2] for part in parts]
-    which = [part.contiguous() for part in held.split(counts, 2)]
+    which = [part.contiguous() for part in torch.split(held, counts, 2)]
     together = [(*part, counted) for part, counted in zip(parts, which, strict=True)]
     distinct: Tensor = kernels.distinctness(*together, mean=mean, width=width)
     return distinct

@@ -184,7 +184,9 @@ fn rotate(y: &mut [f32], signs: &[f32]) {
             half *= 2;
         }
         let norm = 1.0 / (block as f32).sqrt();
-        part.iter_mut().for_each(|y| *y *= norm);
+        for y in part.iter_mut() {
+            *y *= norm;
+        }
         rest = after;
     }
 }

@@ -121,15 +121,15 @@ pub static STRATEGIES: &[Strategy] = &[
     // measurement, see docs/quality.md.
     Strategy {
         name: "liquid_fusion",
-        summary: "the first tokens, the latest ones, and those with the largest fading attention mass or peak attention stay",
+        summary: "the first tokens, the latest ones, and those with distinct keys, large fading attention mass or peak attention stay",
         parameters: &[
             WINDOW,
             SINKS,
             ratio(Name::SinkUpdateRate, 0.3),
             ratio(Name::HeavyRatio, 0.75),
             ratio(Name::RecentRatio, 0.25),
-            ratio(Name::DistinctRatio, 0.0),
-            ratio(Name::PeakRatio, 0.6),
+            ratio(Name::DistinctRatio, 0.3),
+            ratio(Name::PeakRatio, 0.4),
             (Name::Sinks, Some(Value::Choice(PINNED))),
             (Name::ValueWeighted, Some(Value::Flag(true))),
             (Name::LookGap, Some(Value::Int(8))),
