@@ -233,8 +233,8 @@ def test_sizes_that_differ_between_layers_can_be_kept(name: str, tmp_path: Path)
     assert all(torch.equal(run(model, other, ids[:, :1]), expected) for other in others)
 
 
-@pytest.mark.parametrize("name", ["gptj", "codegen"])
-def test_relative_positions_need_frequencies_that_can_be_read(name: str) -> None:
+@pytest.mark.parametrize("name", ["gptj", "codegen", "smollm3", "deepseek_v3", "exaone4"])
+def test_relative_positions_need_every_key_rotated_as_the_frequencies_say(name: str) -> None:
     with pytest.raises(lf.UnsupportedError, match="positions relative to the cache"):
         lf.KVCache(small(name), "streaming", 12, positions="cache")
 

@@ -59,7 +59,15 @@ _GEMMA4 = {
 }
 _GEMMA4_HEADS = {i: {"head_dim": 16, "num_key_value_heads": 1} for i in (1, 3)}
 
+# Their linear attention takes seconds in plain torch.
+_TWO = {
+    "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"],
+    "mlp_layer_types": ["dense", "sparse"],
+}  # fmt: skip
+
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": _TWO,
+    "kimi_linear": _TWO,
     "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 4, "mamba_d_head": 32},
     "blenderbot": {"encoder_layers": 4},
     "codegen": {"rotary_dim": 8},

@@ -8,15 +8,19 @@ https://arxiv.org/abs/2309.17453.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from liquidfusion.exceptions import UnsupportedError
-from liquidfusion.geometry import Geometry
+from liquidfusion.geometry import Geometry, Kind
+
+_followed: WeakSet[PreTrainedModel] = WeakSet()
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary frequencies that do not depend on how long the text is."""
@@ -51,9 +55,15 @@ class Rotary:
         other = sorted(set(map(str, rope_types)) - set(ROPE_TYPES))
         if other:
             raise UnsupportedError(f"{name} has rotary positions of type {other[0]!r}; {list(ROPE_TYPES)} are accepted")
+        first = next(iter(geometry.attention_layers))
         names = ["inv_freq" if kind is None else f"{kind}_inv_freq" for kind in kinds]
-        self._frequencies: list[Tensor] = [getattr(module, name).float() for name in names]
-        self._check(model, module, kinds[0])
+        self._frequencies = {
+            i: getattr(module, names[i]).float() for i, layer in enumerate(geometry.layers) if layer.kind != Kind.NONE
+        }
+        self._check(model, module, first, kinds[first])
+        if model not in _followed:
+            self._check_layers(model, geometry)
+            _followed.add(model)
 
     def __call__(self, states: Tensor, positions: Tensor, layer: int) -> Tensor:
         """Rotate to positions.
@@ -81,13 +91,38 @@ class Rotary:
         rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(states.dtype)
         return rotated if 2 * half == states.shape[-1] else torch.cat((rotated, states[..., 2 * half :]), -1)
 
-    def _check(self, model: PreTrainedModel, module: torch.nn.Module, kind: str | None) -> None:
+    def _check_layers(self, model: PreTrainedModel, geometry: Geometry) -> None:
+        """Compare the keys that each layer makes at some positions with those it makes at 0, rotated there.
+
+        Not every layer need rotate, nor all of a key. A token alone attends to itself: nothing else depends on where.
+        """
+        name = type(model).__name__
+        positions = torch.tensor([[0], [1], [7]], device=model.device)
+        theirs = DynamicCache(config=model.config)
+        parameters = inspect.signature(model.forward).parameters
+        keyword = "cache" if "cache" in parameters else "past_key_values"
+        if "position_ids" not in parameters:
+            raise UnsupportedError(f"{name} takes no position_ids, so positions relative to the cache cannot be")
+        with torch.no_grad():
+            model(input_ids=torch.full_like(positions, 2), position_ids=positions, **{keyword: theirs})
+        for layer in geometry.attention_layers:
+            states = getattr(theirs.layers[layer], "keys", None)
+            if states is None:
+                continue
+            expected = self(states[:1].expand(3, -1, -1, -1), positions[:, :, None].to(states.device), layer)
+            if not torch.allclose(expected.float(), states.float(), atol=2e-2 * float(states.float().abs().max())):
+                raise UnsupportedError(
+                    f"{name} does not rotate the keys of layer {layer} as its frequencies say, so positions relative "
+                    "to the cache cannot be"
+                )
+
+    def _check(self, model: PreTrainedModel, module: torch.nn.Module, first: int, kind: str | None) -> None:
         """Compare one rotation with what the model's own code makes of it."""
         name = type(model).__name__
         apply: Any = getattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", None)
         if apply is None:
             raise UnsupportedError(f"{name} rotates by code of its own, so positions relative to the cache cannot be")
-        frequencies = self._frequencies[0]
+        frequencies = self._frequencies[first]
         width = 2 * frequencies.shape[0]
         probe = torch.linspace(-1, 1, 3 * width, dtype=torch.float32, device=frequencies.device).view(1, 1, 3, width)
         positions = torch.tensor([[0, 1, 7]], device=frequencies.device)
@@ -97,7 +132,7 @@ class Rotary:
             theirs = apply(probe, probe, cos, sin)[0]
         except (TypeError, ValueError, RuntimeError) as error:
             raise UnsupportedError(f"{name} rotates in a way that cannot be followed: {error}") from error
-        if not torch.allclose(scale * self(probe, positions[:, None], 0), theirs, atol=1e-4):
+        if not torch.allclose(scale * self(probe, positions[:, None], first), theirs, atol=1e-4):
             raise UnsupportedError(f"{name} orders the rotated halves otherwise than Llama does, which is accepted")
 
 
