@@ -14,6 +14,7 @@ import pytest
 from fakeengine import FakeEngine, service
 from liquidfusion.bench.cli import main
 from liquidfusion.bench.jobs.loading import Due, Lengths, Target, arrivals, metrics, run, text, trace
+from liquidfusion.bench.report.loads import loads
 from liquidfusion.exceptions import ConfigError
 from liveserver import live
 
@@ -123,6 +124,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert document["metadata"]["task"] == "load"
         assert document["metrics"]["answered"]["value"] == 6
         assert [record["tokens"] for record in document["results"]] == [4] * 6
+        (section,) = loads([document])
+        assert (section.title, section.subject) == ("load", "fake")
+        assert section.body[0][:5] == ["8 at once", "128, 4", "6", "0", "0"]
+        assert len(section.body[0]) == len(section.header)
+        assert main(["report", str(tmp_path), "--output-dir", str(tmp_path / "report")]) == 0
+        assert "8 at once" in (tmp_path / "report" / "report.md").read_text("utf8")
+        capsys.readouterr()
         assert main([*common, "--json", "--api-key", "secret", "--rate", "100"]) == 0
         assert json.loads(capsys.readouterr().out)["metadata"]["task_options"]["rate"] == 100
         assert main([*common, "--api-key", "wrong"]) == 1

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+import torch
 
 from liquidfusion.bench import machine, results
 from liquidfusion.bench.stats import Metric
@@ -350,6 +351,7 @@ def document(target: Target, records: Sequence[Record], seconds: float, options:
             "created": results.now().isoformat(timespec="seconds"),
             "seconds": seconds,
             "versions": machine.versions(),
+            "machine": machine.describe(torch.device("cpu")),  # the client's
         },
         "results": [record.as_dict() for record in records],
         "metrics": {name: metric.as_dict() for name, metric in metrics(records, seconds).items()},

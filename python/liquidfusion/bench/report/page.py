@@ -5,6 +5,7 @@ from html import escape
 
 from liquidfusion.bench.report import curves
 from liquidfusion.bench.report.charts import COLOURS, Section
+from liquidfusion.bench.report.loads import loads
 from liquidfusion.bench.report.rows import Found, blocks
 from liquidfusion.bench.report.sections import section
 
@@ -14,7 +15,8 @@ TITLE = "LiquidFusion: results"
 def sections(found: Found) -> list[Section]:
     """Return the parts of a report, in the order in which they are shown."""
     tasks = [section(block) for block in blocks(found.rows)]
-    return tasks + [curves.speed(document) for document in found.speeds] + curves.streams(found.streams)
+    speeds = [curves.speed(document) for document in found.speeds]
+    return tasks + speeds + curves.streams(found.streams) + loads(found.loads)
 
 
 def facts(found: Found) -> str:

@@ -129,6 +129,8 @@ class Found:
         Cells that failed: ``task`` and ``error``.
     speeds, streams
         Documents of `speed` and `stream`; of equal ones the newest.
+    loads
+        Documents of `load`.
     skipped
         File → why it is no result.
     """
@@ -137,6 +139,7 @@ class Found:
     errors: list[dict[str, str]] = field(default_factory=list)
     speeds: list[dict[str, Any]] = field(default_factory=list)
     streams: list[dict[str, Any]] = field(default_factory=list)
+    loads: list[dict[str, Any]] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
     def skipped_words(self) -> str:
@@ -170,6 +173,8 @@ def read(directory: Path) -> Found:
                 speeds[_identity(document)] = _checked(document, "figures")
             elif "windows" in document:
                 streams[_identity(document)] = _checked(document, "windows")
+            elif document["metadata"]["task"] == "load":
+                found.loads.append(_checked(document, "results"))
             else:
                 singles.append(row(document))
         except (json.JSONDecodeError, UnicodeDecodeError):
@@ -180,7 +185,7 @@ def read(directory: Path) -> Found:
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, ZeroDivisionError):
             found.skipped[str(path.relative_to(directory))] = "not a result"
     found = replace(found, rows=together(singles), speeds=list(speeds.values()), streams=list(streams.values()))
-    if not (found.rows or found.speeds or found.streams):
+    if not (found.rows or found.speeds or found.streams or found.loads):
         raise ConfigError(
             f"{directory} holds no result; measure with: liquidfusion-bench sweep --output-dir {directory}"
             + (f" ({found.skipped_words()})" if found.skipped else "")
