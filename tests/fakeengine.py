@@ -16,11 +16,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from liquidfusion.run.sampling import Sampling
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from liquidfusion.exceptions import CacheError, ConfigError, QueueFull
+from liquidfusion.run.sampling import Sampling
 
 _SPECIAL = ["<pad>", "<end>", "<|im_start|>", "<|im_end|>"]
 END = 3

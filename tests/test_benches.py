@@ -205,3 +205,34 @@ def test_tensor_parallel(tmp_path: Path) -> None:
         assert row["profile_ms"]["collective kernels"] == rows["DynamicCache", 1]["profile_ms"]["collective kernels"]
         assert 0 < row["profile_ms"]["collectives"] < row["profile_ms"]["span"]
     assert "collectives added by the cache: False" in done.stdout
+
+
+def test_engine_measures_what_it_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = script(monkeypatch, "engine")
+    path = tmp_path / "results.json"
+    engine.main(["--tiny", "--only", "static", "sampling", "turns", "--json", str(path)])
+    results = json.loads(path.read_text())
+    assert results["static batch of 4"] == pytest.approx(4e3 / results["static batch of 4, step"])
+    assert results["that share at 1024"] > 0
+    # The table comes last and has every figure.
+    assert list(results) == [line.split("  ")[0] for line in capsys.readouterr().out.split("\n\n")[1].splitlines()]
+
+
+def test_the_roofline_of_an_exact_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = script(monkeypatch, "engine")
+    bench = engine.Bench(engine.arguments(["--tiny"]))
+    config, weights = bench.model.config, 2 * sum(p.numel() for p in bench.model.parameters())
+    context = sum(bench.contexts) / 8 + 8
+    each = context * 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * 32
+    assert bench.roofline() == pytest.approx(4 / ((weights + 4 * each) / 3.35e12))
+
+
+def test_engine_check_counts_what_agrees(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    check = script(monkeypatch, "engine_check")
+    options = ["--device", "cpu", "--requests", "6", "--rows", "3", "--budget", "24", "--chunk", "8", "--new", "6"]
+    assert check.main([*options, "--strategies", "h2o"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1].split()
+    assert line[:4] == ["h2o", "6", "of", "6"]
+    assert line[5] == "6"

@@ -36,7 +36,7 @@ class Engine(Loop):
         Tokens of a prompt that are read at once. What a row keeps depends on it, and on nothing else but the request.
     step_tokens : int
         Tokens of one step, a decoding row counting as one: as many whole chunks run beside those that decode as fit,
-        and always one.
+        and at least one. While few prompts are read and many rows decode, it is every third step that has chunks.
     queue_limit : int, optional
         Requests that may wait; None for any number.
     prefixes : int
@@ -73,7 +73,7 @@ class Engine(Loop):
         **options: Any,
     ) -> None:
         scheduler = Scheduler(rows, chunk=chunk, step_tokens=step_tokens, queue_limit=queue_limit)
-        self._geometry = Geometry.of(model)
+        self._model, self._geometry = model, Geometry.of(model)  # a cache does not keep its model
         cache = RowCache(model, rows, strategy, budget, **options)
         stepper = Stepper(
             cache,

@@ -195,6 +195,10 @@ class RowCache(KVCache):
         if self._row_graph is not None:
             self._row_graph.abandon()
         super().reset()
+        for group in self._groups.all:
+            for slots in group.slots:
+                for tensor in () if slots is None else slots.tensors().values():
+                    tensor.zero_()  # what is empty must not hold NaN
         self._seen.columns = 1
 
     def _call(self, rows: range, lengths: tuple[int, ...], ids: Tensor) -> Tensor:

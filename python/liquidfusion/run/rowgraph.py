@@ -242,7 +242,8 @@ class RowGraph:
             host = self._ledger.host.attention()
             if host is not None and decision.scores is not None:
                 for own, newest in zip(host, decision.scores, strict=True):
-                    own[:, rows] = newest[:, there]
+                    for i, row in zip(there, rows, strict=True):
+                        own[:, row].copy_(newest[:, i])
             self._ledger.core.finish(self._distinct(rows) if self._spec.distinct else None)
             self._refill(rows)
 

@@ -13,6 +13,11 @@ from dataclasses import dataclass, field
 
 from liquidfusion.exceptions import ConfigError, QueueFull
 
+PAUSE = 2
+"""Steps without a chunk after one with, while few prompts are read."""
+FEW = 4
+"""So many times as many rows decode as prompts are read: then these are few."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -56,6 +61,8 @@ class Scheduler:
 
     Waiting requests come in by turn, each when as many rows are free as it has answers. Among prompts being read, turns
     alternate between the oldest and the one with least left: short prompts do not wait for a long one, nor it for ever.
+    While few read and many decode, steps without a chunk lie between those with one, so that most tokens come at the
+    pace that they have without.
 
     Parameters
     ----------
@@ -64,7 +71,7 @@ class Scheduler:
     chunk : int
         Tokens of a prompt that are read at once.
     step_tokens : int
-        Tokens of one step, a decoding row counting as one: as many whole chunks run as fit, and always one.
+        Tokens of one step, a decoding row counting as one: as many whole chunks run as fit, and at least one.
     queue_limit : int, optional
         Requests that may wait; None for any number.
 
@@ -86,6 +93,7 @@ class Scheduler:
         self._reading: list[_Job] = []
         self._decoding: dict[int, _Job] = {}
         self._oldest_next = True
+        self._since = PAUSE  # steps since a chunk
 
     @property
     def waiting(self) -> int:
@@ -164,8 +172,18 @@ class Scheduler:
     def plan(self) -> Plan:
         """The next step; it is taken to run."""
         decoding = tuple(sorted(self._decoding))
+        self._since += 1
+        if self._since <= PAUSE and self._polite(len(decoding)):
+            return Plan((), decoding)
         pieces = tuple(self._pieces(max(1, (self.step_tokens - len(decoding)) // self.chunk)))
+        if pieces:
+            self._since = 0
         return Plan(pieces, decoding)
+
+    def _polite(self, decoding: int) -> bool:
+        """Whether so few read a prompt that those who decode need not wait for them at every step."""
+        reading = len(self._reading)
+        return bool(decoding) and (reading == 1 or reading * FEW <= decoding)
 
     def move(self, row: int, below: int) -> int | None:
         """Give an answer the lowest free row instead of its own, if that is one below a number.

@@ -289,7 +289,8 @@ class Stepper:
                 self._free(answer)
                 continue
             # Still waiting or being read: gone when nobody waits for any of its answers.
-            found = next((item for item in self._works.items() if request in item[1].requests), None)
+            with self._lock:
+                found = next((item for item in self._works.items() if request in item[1].requests), None)
             if found is not None and all(other.finish_reason is not None for other in found[1].requests):
                 ticket, work = found
                 if work.answers:
@@ -317,7 +318,9 @@ class Stepper:
         """Let prompts of which nothing is read yet begin with what others have read."""
         if not self._prefixes.changed():
             return
-        for ticket, work in list(self._works.items()):
+        with self._lock:
+            works = list(self._works.items())
+        for ticket, work in works:
             state = None if work.started or not work.answers else self._prefixes.find(work.digests, work.prompt)
             if state is not None:
                 self._start_from(work.answers[0].row, ticket, work, state)
