@@ -8,7 +8,6 @@ use half::f16;
 
 use crate::accumulate::Element as _;
 use crate::error::{Result, fail};
-
 use crate::simd::{self, Lanes, Work};
 use crate::threads;
 use crate::view::{View, ViewMut};
@@ -184,7 +183,7 @@ fn rotate(y: &mut [f32], signs: &[f32]) {
             half *= 2;
         }
         let norm = 1.0 / (block as f32).sqrt();
-        for y in part.iter_mut() {
+        for y in part {
             *y *= norm;
         }
         rest = after;

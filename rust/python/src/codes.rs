@@ -141,11 +141,11 @@ pub(crate) fn code_squares(
     threads: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<()> {
     let mut out: Tensor<f32, 3> = Tensor::import("out", SCALES, out, Access::Write)?;
-    let coded = Coded::import(bits, codes, scales, threads, Access::Read)?;
-    let read = [("codes", coded.codes.span()), ("scales", coded.scales.span())];
+    let vectors = Coded::import(bits, codes, scales, threads, Access::Read)?;
+    let read = [("codes", vectors.codes.span()), ("scales", vectors.scales.span())];
     read.iter().try_for_each(|span| disjoint(py, &[("out", out.span()), span.clone()]))?;
     released(py, || {
         let shape = out.shape();
-        core::squares(coded.view()?, ViewMut::new("out", out.slice_mut(), shape)?, coded.threads)
+        core::squares(vectors.view()?, ViewMut::new("out", out.slice_mut(), shape)?, vectors.threads)
     })
 }
