@@ -63,11 +63,10 @@ def jobs(config: Mapping[str, Any], paths: Mapping[str, str], only: Sequence[str
                 add("full", "100 %", CacheOptions(strategy="full"))
                 for label, size in sizes(suite, length, width):
                     for method in suite.get("methods", config["methods"]):
-                        for one, cache in caches(method, size, config):
+                        for one, cache in caches(method, size, width):
                             add(one, "all tokens" if isinstance(cache, Framework) else label, cache)
     unique = {(job.model, job.cell.task, job.cell.key): job for job in found}
-    order = {"full": 0}
-    return sorted(unique.values(), key=lambda job: order.get(job.method, 1))
+    return sorted(unique.values(), key=lambda job: job.method != "full")
 
 
 def sizes(suite: Mapping[str, Any], length: int | None, width: int) -> Iterable[tuple[str, dict[str, int]]]:
@@ -78,9 +77,7 @@ def sizes(suite: Mapping[str, Any], length: int | None, width: int) -> Iterable[
         yield f"{budget} tokens", {"budget": budget}
 
 
-def caches(
-    method: str | Mapping[str, Any], size: Mapping[str, int], config: Mapping[str, Any]
-) -> Iterable[tuple[str, Any]]:
+def caches(method: str | Mapping[str, Any], size: Mapping[str, int], width: int) -> Iterable[tuple[str, Any]]:
     """Label and cache of a method: text for rivals, a mapping for ours."""
     if isinstance(method, str):
         for rival in parse(method, **size):
@@ -88,9 +85,8 @@ def caches(
         return
     given = dict(method)
     label = given.pop("name", None)
-    size = dict(size)
-    if "budget" in size and given.get("bits"):
-        size["budget"] *= 16 // min(16, *given["bits"]) if config.get("equal_bytes", True) else 1
+    if "budget" in size and given.get("bits"):  # fewer bits, more tokens in the same bytes
+        size = {"memory": size["budget"] * width}
     cache = CacheOptions.of(**given, **size)
     words = [f"{key} {value}" for key, value in cache.as_dict().items() if key not in ("strategy", "budget", "memory")]
     yield label or ", ".join([cache.strategy, *words]), cache
@@ -130,7 +126,10 @@ def row(job: Job, document: Mapping[str, Any], command: str) -> Row:
         "question": metadata["task_options"].get("question", "seen"),
         "card": machine.get("gpu") or machine.get("processor"),
         "dtype": metadata["dtype"],
-        "versions": {**metadata["versions"], **(metadata.get("rival") or {})},
+        "versions": {
+            **metadata["versions"],
+            **{f"{name} of rivals": version for name, version in (metadata.get("rival") or {}).items()},
+        },
         "created": metadata["created"],
         "command": command,
     }
