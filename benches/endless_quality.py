@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
+from liquidfusion import files
 from liquidfusion.bench import decoding, machine, models, results
 from liquidfusion.bench.caches import CacheOptions, FrameworkCache
 from liquidfusion.bench.stats import bootstrap
@@ -50,7 +51,7 @@ def options(name: str, args: argparse.Namespace) -> CacheOptions | FrameworkCach
     if name == TRANSFORMERS:
         return FrameworkCache()
     strategy, _, positions = name.partition(":")
-    return CacheOptions(strategy=strategy, budget=args.budget, positions=positions or "cache", threads=args.threads)
+    return CacheOptions.of(strategy=strategy, budget=args.budget, positions=positions or "cache", threads=args.threads)
 
 
 def losses(
@@ -134,7 +135,7 @@ def measure(loaded: models.Loaded, ids: Sequence[int], args: argparse.Namespace)
 
 def save(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
-        results.write_atomic(path, results.to_json(result))
+        files.write_text(path, results.to_json(result))
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from liquidfusion import files
 from liquidfusion.bench import decoding, machine, models, results
 from liquidfusion.bench.caches import CacheMaker, CacheOptions, FrameworkCache
 from liquidfusion.bench.stats import bootstrap
@@ -101,7 +102,7 @@ def measure(loaded: models.Loaded, ids: Sequence[int], args: argparse.Namespace)
         }
         print(table(result["rows"], args.sizes), flush=True)
         if args.out is not None:
-            results.write_atomic(args.out, results.to_json(result))
+            files.write_text(args.out, results.to_json(result))
     return result
 
 
@@ -130,7 +131,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     if args.follow < BLOCK or args.follow % BLOCK:
         parser.error(f"--follow {args.follow}: a multiple of {BLOCK} is accepted")
     args.caches = [
-        CacheOptions(strategy=strategy, budget=budget, threads=args.threads)
+        CacheOptions.of(strategy=strategy, budget=budget, threads=args.threads)
         for strategy in args.strategies
         for budget in args.budgets
     ]

@@ -63,7 +63,7 @@ def test_runs_that_differ_are_rows_of_their_own(tmp_path: Path, capsys: pytest.C
     assert text.count("| liquid_fusion") == 5
     for told in ("dtype bfloat16", "dtype float32", "seed 3", "seed 0", "peak_ratio 0.1", "text given ("):
         assert told in text
-    table = list(csv.DictReader((tmp_path / "report.csv").open(encoding="utf8")))
+    table = list(csv.DictReader((tmp_path / "report.csv").read_text(encoding="utf8").splitlines()))
     assert sum(line["metric"] == "perplexity" for line in table) == 5
 
 

@@ -8,6 +8,8 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,6 +98,59 @@ def test_without_a_template_turns_are_lines(fed: list[int], capsys: pytest.Captu
     assert text.startswith("A talk.\n\nUser: hello\nAssistant:")
     assert text.count("A talk.") == 1
     assert "\nUser: again\nAssistant:" in text
+
+
+def test_saved_and_loaded_chat_goes_on_as_if_it_had_not_ended(tmp_path: Path) -> None:
+    chosen, cache, path = model(TEMPLATE), CacheOptions(budget=64), tmp_path / "talk.safetensors"
+    whole = Chat(chosen, cache, max_tokens=8)
+    first = Chat(chosen, cache, max_tokens=8)
+    assert whole.say("hello").text == first.say("hello").text
+    first.save(path)
+    second = Chat(chosen, CacheOptions.of(threads=1), session=path, max_tokens=8)
+    assert second.cache.get_seq_length() == first.cache.get_seq_length()
+    for text in ("who are you, and what is it that you keep?", "and why?"):
+        one, other = whole.say(text), second.say(text)
+        assert (one.text, one.fed) == (other.text, other.fed)
+    assert second.cache.spec.budget == 64
+
+
+def test_save_and_load_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "talk.safetensors"
+    chat = ["chat", "-m", str(directory()), "--device", "cpu", "--max-tokens", "4", "--json"]
+
+    def talk(text: str, *arguments: str) -> list[Any]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        assert main([*chat, *arguments]) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    (first,) = talk("hello\n", "--budget", "48", "--save", str(path))
+    (second,) = talk("again\n", "--load", str(path), "--save", str(path))
+    assert second["budget"] == 48
+    assert second["seen"] > first["seen"]
+    talk("", "--save", str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--load", "missing"], "cannot read missing"),
+        (["--load", "{path}", "--budget", "32"], "budget"),
+        (["--load", "{path}", "-s", "h2o"], "strategy"),
+        (["--load", "{path}", "--sink-size", "2"], "sink_size"),
+        (["--load", "{path}", "--positions", "auto"], "positions"),
+        (["--load", "{path}", "--system", "x"], "system"),
+    ],
+)
+def test_what_a_session_decides_itself(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "talk").write_bytes(b"")
+    told = [word.format(path=tmp_path / "talk") for word in arguments]
+    assert main(["chat", "-m", str(directory()), "--device", "cpu", *told]) == 2
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

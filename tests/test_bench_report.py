@@ -215,6 +215,18 @@ def made(strategy: str = "h2o", value: float = 5.0, *, held: int = 100, seconds:
     return rows.row({"metadata": metadata, "results": [item], "metrics": metrics})
 
 
+def test_servers_are_reported(tmp_path: Path) -> None:
+    for rate in (2, 4):
+        metadata = {"task": "load", "model_name": "m", "url": "u", "task_options": {"rate": rate}, "versions": {}}
+        metrics = {"tokens_per_second": {"value": 100.0 * rate, "unit": "tokens/s"}}
+        document = {"metadata": metadata, "results": [{"status": 200}], "metrics": metrics}
+        (tmp_path / f"load_{rate}.json").write_text(json.dumps(document), encoding="utf8")
+    assert main(["report", str(tmp_path), "--quiet"]) == 0
+    text = (tmp_path / "report.md").read_text(encoding="utf8")
+    assert "| m, rate 2 |  | 200 tokens/s |" in text
+    assert "| m, rate 4 |  | 400 tokens/s |" in text
+
+
 def test_front_is_what_nothing_beats() -> None:
     full, small = made("full", 4.0, held=1000), made(value=5.0, held=100)
     worse, slow = made("local", 6.0, held=100), made("tova", 4.5, held=100, seconds=2.0)
@@ -257,7 +269,7 @@ def test_variants_of_a_strategy_are_lines_of_their_own() -> None:
 def test_exports_have_every_fact(tmp_path: Path) -> None:
     found = [made(bits=[4, 2]), made("full", 4.0)]
     export.write_csv(found, tmp_path / "a.csv")
-    read = list(csv.DictReader((tmp_path / "a.csv").open(encoding="utf8")))
+    read = list(csv.DictReader((tmp_path / "a.csv").read_text(encoding="utf8").splitlines()))
     assert len(read) == 2 * 2
     assert [line["set_bits"] for line in read if line["metric"] == "perplexity"] == ["4,2", ""]
     assert {line["with_dtype"] for line in read} == {"float32"}

@@ -112,6 +112,22 @@ def test_needle_trials_are_what_they_claim() -> None:
     assert fed.count("Question: What") == 8
 
 
+@pytest.mark.parametrize("mentions", [1, 2])
+def test_needle_is_mentioned_so_often(mentions: int) -> None:
+    model, tokenizer = loaded().model, loaded().tokenizer
+    seen: list[int] = []
+    hook = model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: seen.extend(inputs[0][0].tolist()))
+    try:
+        options: dict[str, Any] = {"text": TEXT * 2, "limit": 1, "context": (600,), "mentions": mentions}
+        (item,) = needle(model, tokenizer, ROOMY["full"], **options)
+    finally:
+        hook.remove()
+    assert tokenizer.decode(seen).count(f"magic number is {item['request']['answer']}.") == mentions
+    assert item["request"]["length"] == 600
+    with pytest.raises(ConfigError, match="mentions 3"):
+        needle(model, tokenizer, mentions=3)
+
+
 def test_retrieval_scores_exact_matches() -> None:
     from liquidfusion.bench.tasks import retrieval
     from liquidfusion.bench.tasks.task import record

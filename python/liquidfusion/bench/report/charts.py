@@ -31,7 +31,8 @@ COLOURS = {
 
 _MARKERS = "osd^vx+OS"
 _DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4", "10 4", "4 2", "12 3 3 3", "3 6")
-_LOOKS = len(_MARKERS)
+LOOKS = len(_MARKERS)
+"""Colours and markers that differ; a look beyond them has the dashes of another."""
 _WIDTH, _HEIGHT = 400.0, 310.0  # about a phone's width, so that letters keep their size there
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 14.0, 44.0, 46.0
 _FONTS = "system-ui, Helvetica, Arial, DejaVu Sans, Liberation Sans, Noto Sans, sans-serif"
@@ -82,12 +83,12 @@ class Series:
     @property
     def colour(self) -> str:
         """The CSS variable of its colour."""
-        return "var(--soft)" if self.step else f"var(--c{self.look % _LOOKS})"
+        return "var(--soft)" if self.step else f"var(--c{self.look % LOOKS})"
 
     @property
     def stroke(self) -> str:
         """The attributes of its stroke."""
-        dashes = _DASHES[(self.look if self.dash is None else self.dash) % _LOOKS]
+        dashes = _DASHES[(self.look if self.dash is None else self.dash) % LOOKS]
         return f'stroke="{self.colour}" stroke-width="{1.2 if self.step else 2}" stroke-dasharray="{dashes}"'
 
 
@@ -207,13 +208,16 @@ def _draw(chart: Chart) -> str:
 
 
 def _x_labels(chart: Chart, xs: list[float], x_at: "_Scale") -> list[tuple[float, str]]:
-    """Return labels at the measured points, leaving out those that would overlap; the last one always stays."""
+    """Return labels: on a logarithmic axis at the measured points, those left out that would overlap the last ones."""
     if chart.categories:
         return [(x_at(x), chart.categories[int(x)]) for x in xs]
+    if not chart.log and xs[0] < xs[-1]:  # speeds and the like: round numbers within what was measured
+        return [(x_at(x), short(x)) for x in ticks(xs[0], xs[-1], 4) if xs[0] <= x <= xs[-1]]
     placed: list[tuple[float, str]] = []
     for x in reversed(xs):
-        if not placed or placed[-1][0] - x_at(x) > 8 * len(short(x)) + 6:
-            placed.append((x_at(x), short(x)))
+        label = short(x) if x == int(x) else f"{x:.3g}"
+        if not placed or placed[-1][0] - x_at(x) > 8 * len(label) + 6:
+            placed.append((x_at(x), label))
     return placed[::-1]
 
 
@@ -302,7 +306,7 @@ def _key(line: Series | None, x: float, y: float) -> str:
 
 
 def _marker(look: int, x: float, y: float) -> str:
-    colour, shape = f"var(--c{look % _LOOKS})", _MARKERS[look % _LOOKS]
+    colour, shape = f"var(--c{look % LOOKS})", _MARKERS[look % LOOKS]
     if shape in "oO":
         fill = colour if shape == "o" else "var(--paper)"
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}" stroke="{colour}" stroke-width="1.5"/>'

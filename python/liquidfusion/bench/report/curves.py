@@ -1,4 +1,4 @@
-"""The parts of a report that `speed` and `stream` fill: time against context, throughput, and a stream as it goes."""
+"""The parts of a report that `speed`, `stream` and `load` fill: time and throughput, a stream as it goes, a server."""
 
 import math
 import re
@@ -142,3 +142,25 @@ def _own(name: str, document: dict[str, Any], documents: Sequence[dict[str, Any]
     """Whether a parameter is the same for all streams of a strategy: then its name says enough."""
     alike = [d for d in documents if d["metadata"]["strategy"] == document["metadata"]["strategy"]]
     return len({(dict(settings(d["metadata"])) | dict(conditions(d["metadata"]))).get(name) for d in alike}) == 1
+
+
+def loads(documents: Sequence[dict[str, Any]]) -> list[Section]:
+    """Return a section of every server that `load` measured: one line for each run."""
+    if not documents:
+        return []
+    told = [{"model": d["metadata"]["model_name"]} | (d["metadata"].get("task_options") or {}) for d in documents]
+    names = [
+        name for name in dict.fromkeys(n for facts in told for n in facts) if len({str(f.get(name)) for f in told}) > 1
+    ]
+    figures = ("requests_per_second", "tokens_per_second", "time_to_first_token_p50", "time_to_first_token_p99")
+    figures += ("between_tokens_p50", "between_tokens_p99", "refused", "failed")
+    body = []
+    for document, facts in zip(documents, told, strict=True):
+        label = ", ".join([str(facts["model"]), *(f"{n} {facts[n]}" for n in names if n in facts and n != "model")])
+        metrics = document["metrics"]
+        cells = [number(m["value"], m["unit"]) if (m := metrics.get(name)) else "" for name in figures]
+        body.append([label, *cells])
+    header = ["server", *(name.replace("_", " ") for name in figures)]
+    return [
+        Section("load", "servers", "Requests as users send them.", {}, "of the requests that were served", header, body)
+    ]

@@ -5,7 +5,6 @@ from html import escape
 
 from liquidfusion.bench.report import curves
 from liquidfusion.bench.report.charts import COLOURS, Section
-from liquidfusion.bench.report.loads import loads
 from liquidfusion.bench.report.rows import Found, blocks
 from liquidfusion.bench.report.sections import section
 
@@ -16,23 +15,27 @@ def sections(found: Found) -> list[Section]:
     """Return the parts of a report, in the order in which they are shown."""
     tasks = [section(block) for block in blocks(found.rows)]
     speeds = [curves.speed(document) for document in found.speeds]
-    return tasks + speeds + curves.streams(found.streams) + loads(found.loads)
+    return tasks + speeds + curves.streams(found.streams) + curves.loads(found.loads)
 
 
 def facts(found: Found) -> str:
     """Return the machine, the precision and the versions; several of what differs."""
-    documents = [*(d for row in found.rows for d in row.documents), *found.speeds, *found.streams]
+    documents = [*(d for row in found.rows for d in row.documents), *found.speeds, *found.streams, *found.loads]
     told: dict[str, dict[str, None]] = {"machine": {}, "dtype": {}, "torch": {}, "transformers": {}, "LiquidFusion": {}}
     for document in documents:
         metadata = document["metadata"]
-        machine, versions = metadata["machine"], metadata.get("versions") or {}
-        told["machine"][str(machine.get("gpu") or f"{machine.get('processor')}, {machine.get('cores')} cores")] = None
-        told["dtype"][str(metadata.get("dtype"))] = None
+        machine, versions = metadata.get("machine"), metadata.get("versions") or {}
+        if machine:
+            told["machine"][str(machine.get("gpu") or f"{machine.get('processor')}, {machine.get('cores')} cores")] = (
+                None
+            )
+            told["dtype"][str(metadata.get("dtype"))] = None
         for name in ("torch", "transformers", "LiquidFusion"):
             told[name][str(versions.get(name.lower()))] = None
     return "; ".join(
         " and ".join(values) if name in ("machine", "dtype") else f"{name} {' and '.join(values)}"
         for name, values in told.items()
+        if values
     )
 
 
@@ -63,7 +66,7 @@ svg { display: block; width: 100%%; height: auto }
 [data-key] { cursor: pointer } [data-key].off { opacity: .35 } [data-line].off { display: none }
 [data-key]:focus-visible { outline: 2px solid var(--ink) }
 .scroll { overflow-x: auto } table { border-collapse: collapse; margin: .5rem 0; font-size: .9rem }
-caption { text-align: left; color: var(--soft) } summary { cursor: pointer; color: var(--soft); margin: .5rem 0 }
+summary { cursor: pointer; color: var(--soft); margin: .5rem 0 }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--grid); text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper) }
 @media (max-width: 30rem) { th:first-child, td:first-child { white-space: normal; min-width: 7rem } }
@@ -137,6 +140,6 @@ def _table(caption: str, header: Sequence[str], body: Sequence[Sequence[str]]) -
         for line in body
     )
     return (
-        f"<div class='scroll'><table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>"
-        f"<tbody>{lines}</tbody></table></div>"
+        f"<p class='soft'>{escape(caption)}</p><div class='scroll'><table aria-label='{escape(caption)}'>"
+        f"<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
     )

@@ -127,10 +127,8 @@ class Found:
         Results of tasks.
     errors
         Cells that failed: ``task`` and ``error``.
-    speeds, streams
-        Documents of `speed` and `stream`; of equal ones the newest.
-    loads
-        Documents of `load`.
+    speeds, streams, loads
+        Documents of `speed`, `stream` and `load`; of equal ones the newest.
     skipped
         File → why it is no result.
     """
@@ -164,6 +162,7 @@ def read(directory: Path) -> Found:
     found = Found([])
     speeds: dict[str, dict[str, Any]] = {}
     streams: dict[str, dict[str, Any]] = {}
+    loads: dict[str, dict[str, Any]] = {}
     for path in sorted(directory.rglob("*.json"), key=lambda path: path.stat().st_mtime):
         try:
             document = json.loads(path.read_text(encoding="utf8"))
@@ -171,10 +170,10 @@ def read(directory: Path) -> Found:
                 found.errors.append({"task": str(document["task"]), "error": str(document["error"])})
             elif "figures" in document:
                 speeds[_identity(document)] = _checked(document, "figures")
+            elif document["metadata"].get("task") == "load":
+                loads[_identity(document)] = _checked(document, "metrics")
             elif "windows" in document:
                 streams[_identity(document)] = _checked(document, "windows")
-            elif document["metadata"]["task"] == "load":
-                found.loads.append(_checked(document, "results"))
             else:
                 singles.append(row(document))
         except (json.JSONDecodeError, UnicodeDecodeError):
@@ -184,8 +183,9 @@ def read(directory: Path) -> Found:
             found.skipped[str(path.relative_to(directory))] = str(error.strerror)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, ZeroDivisionError):
             found.skipped[str(path.relative_to(directory))] = "not a result"
-    found = replace(found, rows=together(singles), speeds=list(speeds.values()), streams=list(streams.values()))
-    if not (found.rows or found.speeds or found.streams or found.loads):
+    of_commands = {"speeds": list(speeds.values()), "streams": list(streams.values()), "loads": list(loads.values())}
+    found = replace(found, rows=together(singles), **of_commands)
+    if not (found.rows or any(of_commands.values())):
         raise ConfigError(
             f"{directory} holds no result; measure with: liquidfusion-bench sweep --output-dir {directory}"
             + (f" ({found.skipped_words()})" if found.skipped else "")
@@ -195,14 +195,15 @@ def read(directory: Path) -> Found:
 
 def _identity(document: dict[str, Any]) -> str:
     changing = ("created", "seconds", "machine", "versions")
-    facts = {name: value for name, value in document["metadata"].items() if name not in changing}
-    return json.dumps([facts, sorted(conditions(document["metadata"]))], sort_keys=True)
+    metadata = document["metadata"]
+    facts = {name: value for name, value in metadata.items() if name not in changing}
+    return json.dumps([facts, sorted(conditions(metadata))], sort_keys=True)
 
 
 def _checked(document: dict[str, Any], part: str) -> dict[str, Any]:
     """Refuse a document that lacks what its section needs."""
-    machine = document["metadata"]["machine"]
-    if not isinstance(machine, dict) or not document[part] or not document["metadata"]["model_name"]:
+    metadata = document["metadata"]
+    if not isinstance(metadata.get("machine", {}), dict) or not document[part] or not metadata["model_name"]:
         raise ValueError("not a result")
     return document
 
@@ -242,12 +243,12 @@ def _metric(metric: Mapping[str, Any]) -> dict[str, Any]:
 
 def conditions(metadata: Mapping[str, Any]) -> Facts:
     """Return what was the same for every cache, in words: name and value."""
-    machine, read = metadata["machine"], metadata.get("input") or {}
+    machine, read = metadata.get("machine") or {}, metadata.get("input") or {}
     text = str(read.get("source", "unknown")) + (f" ({read['sha256'][:6]})" if read.get("sha256") else "")
     facts = {
         "text": text,
         "seed": metadata.get("seed"),
-        "dtype": metadata["dtype"],
+        "dtype": metadata.get("dtype"),
         **{name: v for name, v in (metadata.get("task_options") or {}).items() if name not in _NOT_CONDITIONS},
         "lengths": lengths
         if isinstance(lengths := (metadata.get("task_options") or {}).get("context"), list)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from liquidfusion.bench import results
 from liquidfusion.bench.parameters import strategy_names
-from liquidfusion.bench.report.charts import Chart, Point, Section, Series, short
+from liquidfusion.bench.report.charts import LOOKS, Chart, Point, Section, Series, short
 from liquidfusion.bench.report.rows import NAMES, Block, Row, front, lower_is_better, main_of
 from liquidfusion.bench.sweep.cells import REFERENCE
 from liquidfusion.bench.tasks import TASKS
@@ -116,7 +116,7 @@ def _series(block: Block, points: dict[str, list[Point]]) -> list[Series]:
         if found:
             variant = variants[rows[0].strategy] = variants.get(rows[0].strategy, -1) + 1
             own = look(rows[0].strategy)
-            lines.append(Series(method, found, own, own + variant))
+            lines.append(Series(method, found, own, own + variant + own // LOOKS))
     return lines
 
 

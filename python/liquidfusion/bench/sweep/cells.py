@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from liquidfusion.bench import results, runner
-from liquidfusion.bench.caches import CacheOptions, parse_bytes
+from liquidfusion.bench.caches import CacheOptions
 from liquidfusion.bench.models import check_name
 from liquidfusion.bench.rivals import Rival, parse
 from liquidfusion.exceptions import ConfigError
+from liquidfusion.precision import bytes_of
 
 REFERENCE = "reference"
 """Strategy name under which transformers' own cache is filed, where a task compares with it."""
@@ -99,7 +100,7 @@ class Grid:
         Of keys and values, as :func:`liquidfusion.KVCache` takes them; none: the model's own.
     parameters
         Parameters of the strategies and options of the cache: a value, or a list of which each is taken.
-    rival
+    rivals
         Other people's methods, as :func:`liquidfusion.bench.rivals.parse` takes them, at the same sizes.
     rival_python
         The interpreter for kvpress.
@@ -115,7 +116,7 @@ class Grid:
     memory: Sequence[Any] = ()
     bits: Sequence[Any] = ()
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    rival: Sequence[str] = ()
+    rivals: Sequence[str] = ()
     rival_python: str | None = None
     seed: int = 0
     dtype: str = "auto"
@@ -142,7 +143,7 @@ class Grid:
             runner.find_task(task)
         caches: list[CacheOptions | Rival] = [c for strategy in self.strategies for c in self._caches(strategy)]
         sizes = self._sizes() or [{}]
-        caches += [c for text in self.rival for size in sizes for c in parse(text, python=self.rival_python, **size)]
+        caches += [c for text in self.rivals for size in sizes for c in parse(text, python=self.rival_python, **size)]
         pairs = list(itertools.product(self.models, self.tasks))
         wanted: list[tuple[str, str, CacheOptions | Rival | None]] = [(*pair, reference(pair[1])) for pair in pairs]
         wanted += [(*pair, cache) for pair in pairs for cache in caches]
@@ -155,7 +156,7 @@ class Grid:
     def _sizes(self) -> list[dict[str, Any]]:
         sizes: list[dict[str, Any]] = [{"cache_size": float(size)} for size in self.cache_sizes]
         sizes += [{"budget": budget} for budget in self.budgets]
-        return sizes + [{"memory": parse_bytes(memory)} for memory in self.memory]
+        return sizes + [{"memory": bytes_of(memory)} for memory in self.memory]
 
     def _caches(self, strategy: str) -> Iterator[CacheOptions]:
         """Yield the caches of a strategy, without what it does not listen to."""
