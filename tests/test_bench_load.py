@@ -14,7 +14,7 @@ import pytest
 from fakeengine import FakeEngine, service
 from liquidfusion.bench.cli import main
 from liquidfusion.bench.jobs.loading import Due, Lengths, Target, arrivals, metrics, run, text, trace
-from liquidfusion.bench.report.loads import loads
+from liquidfusion.bench.report.curves import loads
 from liquidfusion.exceptions import ConfigError
 from liveserver import live
 

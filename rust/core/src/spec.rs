@@ -261,11 +261,11 @@ mod tests {
     #[test]
     fn own_and_given_parameters() {
         let own = spec("liquid_fusion", Some(64), &[]);
-        assert_eq!(own.split(64), Split { sinks: 4, recent: 15, distinct: 0, peak: 27, mass: 18 });
+        assert_eq!(own.split(64), Split { sinks: 4, recent: 15, distinct: 14, peak: 18, mass: 13 });
         assert_eq!((own.look_gap(), own.peak_reach(), own.interval()), (8, Some(64), 2));
-        let distinct = spec("liquid_fusion", Some(64), &[(Name::DistinctRatio, Value::Ratio(0.3))]);
-        assert_eq!(distinct.split(64), Split { sinks: 4, recent: 15, distinct: 14, peak: 27, mass: 4 });
-        assert_eq!([own.distinct(), distinct.distinct()], [false, true]);
+        let without = spec("liquid_fusion", Some(64), &[(Name::DistinctRatio, Value::Ratio(0.0))]);
+        assert_eq!(without.split(64), Split { sinks: 4, recent: 15, distinct: 0, peak: 18, mass: 27 });
+        assert_eq!([own.distinct(), without.distinct()], [true, false]);
         let narrow = spec("liquid_fusion", Some(64), &[(Name::LookGap, Value::Int(50))]);
         assert_eq!(narrow.look_gap(), 15);
     }

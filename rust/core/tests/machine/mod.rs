@@ -136,10 +136,10 @@ impl Machine {
         }
         self.distinct = (0..self.positions.len()).map(|_| choices.score() - 0.2).collect();
         if choices.below(4) == 0 {
-            self.spoil(choices);
+            self.spoil(&rows, choices);
         }
-        let distinct = self.distinct.clone();
-        let distinct = View::new("distinct", &distinct, self.shape.dims()).unwrap();
+        let distinct = self.distinct_of(&rows);
+        let distinct = View::new("distinct", &distinct, [layers, rows.len(), kv_heads, slots]).unwrap();
         let (ledger, tensors) = self.slots();
         let victims = ledger.finish(&tensors, Some(distinct)).unwrap();
         let mut expected = 0;
@@ -149,6 +149,16 @@ impl Machine {
             }
         }
         assert_eq!(victims, expected);
+    }
+
+    /// Distinctness of a call's rows, in their order.
+    fn distinct_of(&self, rows: &[usize]) -> Vec<f32> {
+        let Shape { layers, rows: all, kv_heads, slots } = self.shape;
+        let each = kv_heads * slots;
+        (0..layers)
+            .flat_map(|layer| rows.iter().map(move |row| (layer * all + row) * each))
+            .flat_map(|from| self.distinct[from..from + each].iter().copied())
+            .collect()
     }
 
     fn chunk(&mut self, layer: usize, lengths: &[Option<usize>], rows: &[usize], choices: &mut Choices<'_>) {
@@ -190,14 +200,15 @@ impl Machine {
     }
 
     /// A bad score must be refused, and nothing changed by it.
-    fn spoil(&mut self, choices: &mut Choices<'_>) {
+    fn spoil(&mut self, rows: &[usize], choices: &mut Choices<'_>) {
         let i = choices.below(self.mass.len());
         let bad = [f32::NAN, f32::INFINITY, -1.0][choices.below(3)];
         let (kept, before) = ((self.mass[i], self.distinct[i]), self.ledger.clone());
         (self.mass[i], self.distinct[i]) = (bad, f32::NAN);
         let positions = self.positions.clone();
-        let distinct = self.distinct.clone();
-        let distinct = View::new("distinct", &distinct, self.shape.dims()).unwrap();
+        let distinct = self.distinct_of(rows);
+        let Shape { layers, kv_heads, slots, .. } = self.shape;
+        let distinct = View::new("distinct", &distinct, [layers, rows.len(), kv_heads, slots]).unwrap();
         let (ledger, tensors) = self.slots();
         match ledger.finish(&tensors, Some(distinct)) {
             // That the queues are as before, the next finish shows.
