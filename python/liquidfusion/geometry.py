@@ -263,8 +263,12 @@ FOREIGN = {
 _WAYS_OF_THEIR_OWN = {
     "doge": "adds a learnt term to its attention mask that depends on every stored value",
     "diffllama": "attends twice per layer, to two halves of the values",
+    "dory": "runs some of its layers several times over a text, each time with other keys",
     "mllama_text_model": "has cross-attention layers that attend to an image",
 }
+
+# Models whose generate calls that of a model inside them, by their configuration's model_type: its name.
+_GENERATING = {"kosmos-2": "text_model"}
 
 _KINDS = {
     "full_attention": (Kind.FULL, False),
@@ -304,6 +308,12 @@ def _check(model: PreTrainedModel, config: Any, modules: Modules) -> None:
     types = set(getattr(config, "layer_types", None) or ())
     if other := sorted(types - set(_KINDS)):
         raise refuse(f"has layers of type {other}, which attend in ways that a KVCache does not know")
+    inner = _GENERATING.get(getattr(model.config, "model_type", ""))
+    if inner is not None:
+        raise UnsupportedError(
+            f"{name}'s generate calls that of the model inside it: build the KVCache for model.{inner} and hand it to "
+            "generate as before"
+        )
     if own in _WAYS_OF_THEIR_OWN:
         raise refuse(_WAYS_OF_THEIR_OWN[own])
     for module in modules:
