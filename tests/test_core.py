@@ -767,3 +767,46 @@ def test_a_fresh_ledger_costs_little(half_life):
         _core.Ledger(_core.Spec("liquid_fusion", 64, age_half_life=half_life), *bound)
         best = min(best, time.perf_counter() - start)
     assert best < 1e-3
+
+
+def test_rows_catch_up_as_by_calls_of_one_token():
+    (core, positions, mass, _), (other, other_positions, other_mass, _) = filled(), filled()
+    steps = {0: 1, 2: 0}
+    lengths = other.queue_lengths()
+    steps[0] = lengths[0] - 3  # an interval of 2 must be left, and one more
+    assert steps[0] > 0
+    for _ in range(steps[0]):
+        other.begin([1], torch.empty(LAYERS, 1, HEADS, dtype=torch.int64), rows=[0])
+        assert not other.finish()
+    core.advance(list(steps.values()), rows=list(steps))
+    assert (core.seen, core.queue_lengths(), core.evictions) == (other.seen, other.queue_lengths(), other.evictions)
+    assert torch.equal(positions, other_positions)
+    assert torch.equal(mass, other_mass)
+    queues = [torch.empty(SHAPE, dtype=torch.int32) for _ in range(2)]
+    core.queues(queues[0])
+    other.queues(queues[1])
+    assert torch.equal(*queues)
+    for steps_, rows, error, message in [
+        ([1], [0], CacheError, r"steps\[0\] must be from 0 to 0, before row 0 needs victims, got 1"),
+        ([-1], [0], CacheError, r"steps\[0\] must be from 0"),
+        ([1, 1], [0], TensorError, "steps must have one entry per row, 1, got 2"),
+        ([1], [3], ConfigError, "rows must be from 0 to 2, got 3"),
+    ]:
+        with pytest.raises(error, match=message):
+            core.advance(steps_, rows)
+    core.begin([1], torch.empty(LAYERS, 1, HEADS, dtype=torch.int64), rows=[1])
+    with pytest.raises(CacheError, match="advance must not come between begin and finish"):
+        core.advance([0, 0, 0])
+
+
+def test_some_rows_queues():
+    core, *_ = filled()
+    every, some = torch.empty(SHAPE, dtype=torch.int32), torch.empty(LAYERS, 2, HEADS, SLOTS, dtype=torch.int32)
+    core.queues(every)
+    core.queues(some, rows=[2, 0])
+    assert torch.equal(some, every[:, [2, 0]])
+    first = torch.empty(LAYERS, 1, HEADS, 2, dtype=torch.int32)
+    core.peek(first, [1], rows=[1])
+    assert torch.equal(first, every[:, 1:2, :, 1:3])
+    with pytest.raises(TensorError, match="skip must have one entry per row, 1, got 3"):
+        core.peek(first, [0, 0, 0], rows=[1])

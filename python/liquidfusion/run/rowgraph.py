@@ -24,6 +24,7 @@ from liquidfusion.run.graph import DecodeStep
 from liquidfusion.run.sampling import upload
 from liquidfusion.state.group import Group
 from liquidfusion.state.part import Part
+from liquidfusion.state.slots import Slots
 
 Forward = Callable[[Backend, Tensor, Tensor], Tensor]
 """Calls the model: a backend, ids and positions `[rows, 1]`; logits `[rows, vocabulary]`."""
@@ -33,8 +34,8 @@ Forward = Callable[[Backend, Tensor, Tensor], Tensor]
 class _Decision:
     """Rows that need victims, the steps that each had taken, and their scores then.
 
-    `scores`: float32 `[2, layers, rows, kv_heads, slots]` on the host, there when `copied` says so; None where the
-    strategy keeps none.
+    `scores`: float32 `[kinds, layers, rows, kv_heads, slots]` on the host, there when `copied` says so: mass and peak
+    where the strategy keeps them, and distinctness last where it goes by it; None where it does neither.
     """
 
     rows: list[int]
@@ -136,8 +137,7 @@ class RowGraph:
         due = [row for row in rows if self._steps[row] >= self._due[row]]
         if due:
             self._decide(due)
-            # How distinct a key is, is worked out where it lies: before the next step.
-            if not self._gpu or not self._run.overlap or not self._spec.scored or self._spec.distinct:
+            if not self._gpu or not self._run.overlap:
                 self._join()
         return logits
 
@@ -209,14 +209,18 @@ class RowGraph:
     def _decide(self, rows: list[int]) -> None:
         """Copy the scores of rows whose queues run low; `_join` chooses their victims."""
         steps = [int(self._steps[row]) for row in rows]
-        if not self._spec.scored:
+        layers, _, kv_heads, slots = self._ledger.shape
+        kinds = 2 * self._spec.scored + self._spec.distinct
+        if not kinds:
             self._decisions.append(_Decision(rows, steps, None, lambda: None))
             return
-        layers, _, kv_heads, slots = self._ledger.shape
-        shape = (2, layers, len(rows), kv_heads, slots)
+        shape = (kinds, layers, len(rows), kv_heads, slots)
         here = torch.empty(shape, dtype=torch.float32, device=self._device)
-        own = [tensor[row] for tensor in self._scores for row in rows]
-        torch._foreach_copy_(list(here.view(-1, kv_heads, slots).unbind(0)), own)
+        if self._spec.scored:
+            own = [tensor[row] for tensor in self._scores for row in rows]
+            torch._foreach_copy_(list(here[:2].view(-1, kv_heads, slots).unbind(0)), own)
+        if self._spec.distinct:
+            self._distinctness(rows, steps, here[-1])
         if not self._gpu:
             self._decisions.append(_Decision(rows, steps, here, lambda: None))
             return
@@ -229,6 +233,21 @@ class RowGraph:
         here.record_stream(self._copies)
         self._decisions.append(_Decision(rows, steps, host, copied.synchronize))
 
+    def _distinctness(self, rows: list[int], steps: list[int], out: Tensor) -> None:
+        """Distinctness of rows' tokens that are no victims yet: float32 `[layers, rows, kv_heads, slots]`."""
+        index = upload(rows, torch.int64, self._device)
+        entry = torch.arange(self._ring_size, device=self._device)
+        taken = upload(steps, torch.int64, self._device)[:, None]
+        # An interval's worth of victims waits in the ring, from the entry that the next step takes.
+        waiting = ((entry - taken) % self._ring_size < self._spec.interval)[:, None]
+        backend = self._backends[self._sizes[-1]]
+        for layer, (slots, scores) in enumerate(zip(backend.slots, backend.scores, strict=True)):
+            held = torch.nn.functional.pad(scores.positions.index_select(0, index) >= 0, (0, 1))
+            next_ones = self._ring[layer].index_select(0, index).long().where(waiting, self._ledger.slots)
+            held.scatter_(2, next_ones, False)
+            chosen = Slots(slots.keys.chosen(index), slots.values)
+            out[layer] = chosen.distinctness(held[..., :-1].contiguous())
+
     def _join(self) -> None:
         """Choose the victims of the decisions under way and send them to the ring."""
         while self._decisions:
@@ -239,28 +258,27 @@ class RowGraph:
                 continue
             self._replay(rows, [decision.steps[i] for i in there], last_open=True)
             decision.copied()
-            host = self._ledger.host.attention()
+            distinct, host = None, self._ledger.host.attention()
             if host is not None and decision.scores is not None:
-                for own, newest in zip(host, decision.scores, strict=True):
+                for own, newest in zip(host, decision.scores, strict=False):
                     for i, row in zip(there, rows, strict=True):
                         own[:, row].copy_(newest[:, i])
-            self._ledger.core.finish(self._distinct(rows) if self._spec.distinct else None)
+            if self._spec.distinct and decision.scores is not None:
+                distinct = decision.scores[-1][:, there].contiguous()
+            self._ledger.core.finish(distinct)
             self._refill(rows)
-
-    def _distinct(self, rows: list[int]) -> Tensor:
-        """Distinctness of what some rows hold and do not overwrite next, `[layers, rows, kv_heads, slots]`."""
-        return torch.cat([Part(self._group, range(row, row + 1)).distinctness() for row in rows], 1)
 
     def _replay(self, rows: list[int], steps: list[int], last_open: bool) -> None:
         """Tell the host's ledger of rows' steps so far; the last one stays open for the decision that follows it."""
         core, (layers, _, kv_heads, _) = self._ledger.core, self._ledger.shape
-        missing = [step - int(self._replayed[row]) for row, step in zip(rows, steps, strict=True)]
-        most = max(missing)
-        for left in range(most, 0, -1):
-            some = [row for row, count in zip(rows, missing, strict=True) if count >= left]
+        missing = [(row, step - int(self._replayed[row])) for row, step in zip(rows, steps, strict=True)]
+        behind = [(row, count) for row, count in missing if count]
+        if behind:
+            some = [row for row, _ in behind]
+            core.advance([count - 1 for _, count in behind], some)
             written = torch.empty((layers, len(some), kv_heads), dtype=torch.int64, device="cpu")
             core.begin([1] * len(some), written, some)
-            if (left > 1 or not last_open) and core.finish():
+            if not last_open and core.finish():
                 raise CacheError("a decision was missed: this is a defect of liquidfusion")
         self._replayed[rows] = steps
 

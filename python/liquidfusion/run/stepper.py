@@ -188,7 +188,7 @@ class Stepper:
         QueueFull
             As many requests wait as may.
         """
-        ids = tuple(int(token) for token in prompt)
+        ids = tuple(map(int, prompt))
         self._check(ids, sampling, resume)
         requests = [Request(ids, sampling, cancel or self.cancel, keep) for _ in range(n)]
         digests = self._prefixes.digests(ids) if resume is None else ()
@@ -200,9 +200,14 @@ class Stepper:
 
     def _check(self, ids: tuple[int, ...], sampling: Sampling, resume: RowState | None) -> None:
         known = self._rows.vocabulary
-        wrong = next((token for token in (*ids, *sampling.logit_bias) if not 0 <= token < known), None)
-        if wrong is not None:
-            raise ConfigError(f"token id {wrong}; 0 to {known - 1}, the model's vocabulary, are accepted")
+        for tokens in (ids, sampling.logit_bias):
+            wrong = (
+                next((token for token in (min(tokens), max(tokens)) if not 0 <= token < known), None)
+                if tokens
+                else None
+            )
+            if wrong is not None:
+                raise ConfigError(f"token id {wrong}; 0 to {known - 1}, the model's vocabulary, are accepted")
         if self._positions is not None and len(ids) > self._positions:
             raise ConfigError(f"a prompt of {len(ids)} tokens; the model has {self._positions} positions")
         if sampling.stop and self._tokenizer is None:

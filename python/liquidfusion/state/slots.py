@@ -57,6 +57,10 @@ class Side(ABC):
         """Consecutive batch rows, in the same memory."""
 
     @abstractmethod
+    def chosen(self, rows: Tensor) -> Self:
+        """A copy of some batch rows, int64 indices where they lie."""
+
+    @abstractmethod
     def grown(self, slots: int) -> Self:
         """A copy with more slots, the new ones empty."""
 
@@ -117,6 +121,10 @@ class Plain(Side):
     def part(self, rows: range) -> Self:
         """Consecutive batch rows, in the same memory."""
         return type(self)(self.held[rows.start : rows.stop], self.made)
+
+    def chosen(self, rows: Tensor) -> Self:
+        """A copy of some batch rows."""
+        return type(self)(self.held.index_select(0, rows), self.made)
 
     def grown(self, slots: int) -> Self:
         """A copy with more slots, the new ones empty."""
@@ -242,6 +250,13 @@ class Coded(Side):
         held = Codes(*(tensor[which] for tensor in self.codes))
         return type(self)(held, self.coding, self.made, None if self.first is None else self.first[which])
 
+    def chosen(self, rows: Tensor) -> Self:
+        """A copy of some batch rows."""
+        held = Codes(*(tensor.index_select(0, rows) for tensor in self.codes))
+        return type(self)(
+            held, self.coding, self.made, None if self.first is None else self.first.index_select(0, rows)
+        )
+
     def grown(self, slots: int) -> Self:
         """A copy with more slots, the new ones empty."""
         batch, kv_heads, old, _ = self.codes.codes.shape
@@ -299,6 +314,10 @@ class Front(Side):
     def part(self, rows: range) -> Self:
         """Consecutive batch rows, in the same memory."""
         return type(self)(self.keys.part(rows), self.width)
+
+    def chosen(self, rows: Tensor) -> Self:
+        """A copy of some batch rows."""
+        return type(self)(self.keys.chosen(rows), self.width)
 
     def grown(self, slots: int) -> Self:
         """A copy with more slots, for keys that have as many."""

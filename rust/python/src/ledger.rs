@@ -261,6 +261,16 @@ impl PyLedger {
         })
     }
 
+    /// Catch up with rows (None: all) that have taken `steps[i]` tokens one by one elsewhere.
+    #[pyo3(signature = (steps, rows=None))]
+    fn advance(&self, steps: &Bound<'_, PyAny>, rows: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        let py = steps.py();
+        let (rows, steps) = (some_rows(rows)?, ints("steps", steps)?);
+        let mut state = self.lock(py);
+        let state = &mut *state;
+        released(py, || state.ledger.advance(&mut state.bindings.slots(), &steps, rows.as_deref()))
+    }
+
     /// Empty one row: positions -1, scores 0, queues full, no token seen.
     fn release(&self, row: &Bound<'_, PyAny>) -> PyResult<()> {
         let (py, row) = (row.py(), int("row", row)?);

@@ -1,6 +1,6 @@
 //! Rows as a whole: emptied, copied, put in another order, taken over from elsewhere, or given more slots.
 
-use super::{Ledger, Place, Ring, Shape, Slots, at};
+use super::{Ledger, Place, Ring, Shape, Slots, at, wrap};
 use crate::error::{Result, fail};
 use crate::split::MOST_TOKENS;
 use crate::view::View;
@@ -12,6 +12,46 @@ impl Ledger {
         self.call = None;
         (0..self.shape.rows).for_each(|row| self.clear(slots, row));
         self.evictions = 0;
+        Ok(())
+    }
+
+    /// Catch up with rows that have taken tokens one by one elsewhere: `steps[i]` of them for `rows[i]` (`None`: all rows).
+    ///
+    /// As so many calls of one token each, none of which may have been due for victims.
+    pub fn advance(&mut self, slots: &mut Slots<'_>, steps: &[i64], rows: Option<&[i64]>) -> Result<()> {
+        self.idle("advance")?;
+        self.check_slots(slots)?;
+        let rows = self.chosen_rows(rows)?;
+        if steps.len() != rows.len() {
+            fail!(Tensor, "steps must have one entry per row, {}, got {}", rows.len(), steps.len());
+        }
+        let interval = if self.spec.strategy().bounded { self.spec.interval() } else { 0 };
+        let mut counts = Vec::with_capacity(rows.len());
+        for (i, (&count, &row)) in steps.iter().zip(&rows).enumerate() {
+            let most = self.rings[row].len.saturating_sub(interval + usize::from(interval > 0));
+            match usize::try_from(count) {
+                Ok(n) if n <= most.min(MOST_TOKENS - self.seen[row]) || n == 0 => counts.push(n),
+                _ => fail!(Cache, "steps[{i}] must be from 0 to {most}, before row {row} needs victims, got {count}"),
+            }
+        }
+        for (&row, &count) in rows.iter().zip(&counts) {
+            let Ring { start, len } = self.rings[row];
+            for head in self.heads_of(row) {
+                let here = self.shape.of(head);
+                for step in 0..count {
+                    let chosen = self.queues[here.start + wrap(start + step, self.shape.slots)];
+                    let taken = here.start + chosen as usize;
+                    self.evictions += u64::from(slots.positions[taken] >= 0);
+                    slots.clear(taken..taken + 1);
+                    slots.positions[taken] = (self.seen[row] + step) as i32;
+                }
+            }
+            self.rings[row] = Ring { start: wrap(start + count, self.shape.slots), len: len - count };
+            self.seen[row] += count;
+        }
+        if let Some(average) = &mut self.average {
+            average.cover(rows.iter().map(|&row| self.seen[row]).max().unwrap_or(0));
+        }
         Ok(())
     }
 
