@@ -89,6 +89,14 @@ class Case:
             codes[empty] = 77
             scales[empty] = math.nan
             self.sides.append([codes.contiguous(), scales.contiguous()])
+        # Far from what the codes say, so that it is seen which of both is attended.
+        kept = options.pop("first", 0)
+        self.firsts = [None, None]
+        for side in (0, 1):
+            if kept and bits[side] < 16:
+                first = torch.randn(batch, kv_heads, kept, width, generator=generator).to(DEVICE)
+                first[empty[:, :, :kept]] = math.nan
+                self.firsts[side] = first.to(torch.float16 if dtype == torch.float16 else torch.bfloat16)
         self.q = torch.randn(batch, kv_heads * group, head_dim, generator=generator).to(DEVICE, dtype)
         kv = torch.randn(batch, 2 * kv_heads, head_dim, generator=generator).to(DEVICE, dtype)
         self.k, self.v = kv[:, :kv_heads], kv[:, kv_heads:]
@@ -99,6 +107,8 @@ class Case:
         for b in range(batch):
             if filled[b] < slots:
                 ring[b, :, (b + 3) % 4] = empty[b].int().argmax(-1).cpu()
+        if kept:
+            ring[0, :, 3] = kept - 1
         self.ring = ring.to(DEVICE)
         self.active = self.sinks = None
         self.centred = True
@@ -124,6 +134,16 @@ class Case:
         mu = self.mu if side == 0 else torch.zeros_like(self.mu)
         return decoded(stored, scales, self.bits[side], self.rotation, mu, self.head_dim)
 
+    def attended(self, side):
+        """Keys (0) or values (1) as attention sees them, float64."""
+        states, first = self.states(side), self.firsts[side]
+        if first is None:
+            return states
+        apart = (first.double() @ self.rotation)[..., : self.head_dim]
+        if side == 0:
+            apart = apart + self.mu[:, None]
+        return torch.cat([apart, states[:, :, first.shape[2] :]], 2)
+
     def run(self):
         mean = self.rotated(self.mu).float() if self.centred and self.bits[0] < 16 else None
         return kernels.decode_coded(
@@ -143,6 +163,8 @@ class Case:
             rotation=self.rotation.float().contiguous(),
             mean=mean,
             bits=self.bits,
+            key_first=self.firsts[0],
+            value_first=self.firsts[1],
             **self.options,
         )
 
@@ -151,6 +173,7 @@ class Case:
         options = self.options
         before = [[None if t is None else t.clone() for t in side] for side in self.sides]
         positions, mass, peak = self.positions.clone(), self.mass.clone(), self.peak.clone()
+        firsts = [None if first is None else first.clone() for first in self.firsts]
         out = self.run()
         alive = torch.ones(len(self.q), dtype=torch.bool) if self.active is None else self.active.cpu() != 0
         for row in alive.nonzero()[:, 0].tolist():
@@ -166,6 +189,10 @@ class Case:
                         old[row, head, slot] = stored[row, head, slot]
                         continue
                     y = self.rotated(x.double() - (self.mu[head] if side == 0 else 0))
+                    first = self.firsts[side]
+                    if first is not None and slot < first.shape[2]:
+                        close(first[row, head, slot], y, 1e-2)
+                        firsts[side][row, head, slot] = first[row, head, slot]
                     check_codes(
                         stored[row, head, slot], scales[row, head, slot], encode_of(y, self.bits[side]), self.bits[side]
                     )
@@ -174,15 +201,18 @@ class Case:
             for actual, wanted in zip(side, old, strict=True):
                 if actual is not None:
                     assert torch.equal(torch.nan_to_num(actual), torch.nan_to_num(wanted))
+        for first, wanted in zip(self.firsts, firsts, strict=True):
+            assert first is None or torch.equal(torch.nan_to_num(first), torch.nan_to_num(wanted))
         assert torch.equal(self.positions, positions)
 
         there = positions >= 0
         keys, values = (torch.where(there[..., None], self.states(side), 0.0) for side in (0, 1))
+        attended = (torch.where(there[..., None], self.attended(side), 0.0) for side in (0, 1))
         distance = self.seen[:, None, None] - positions
         visible = there & (distance < options["window"]) if options["window"] else there
         visible = visible & alive.to(DEVICE)[:, None, None]
         wanted, p = naive(
-            self.q[:, :, None], keys, values, visible[:, :, None], options["scale"], options["softcap"], self.sinks
+            self.q[:, :, None], *attended, visible[:, :, None], options["scale"], options["softcap"], self.sinks
         )
         p = p[:, :, 0] * (distance >= options["look_gap"])
         if options["value_weighted"]:
@@ -253,10 +283,50 @@ def test_decode_coded_without_a_mean():
     case.check()
 
 
-def test_decode_coded_runs_are_bit_identical():
+@pytest.mark.parametrize("head_dim", [20, 64, 80, 128])
+@pytest.mark.parametrize("first", [1, 4])
+def test_decode_coded_first(first, head_dim):
+    Case(first, (4, 4), group=3, head_dim=head_dim, first=first).check()
+
+
+@pytest.mark.parametrize("bits", [(8, 4), (4, 2), (8, 8), (16, 4), (4, 16)])
+def test_decode_coded_first_bits(bits):
+    Case(sum(bits), bits, first=4).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group", [1, 4, 8])
+def test_decode_coded_first_types(dtype, group):
+    Case(group, (4, 4), dtype, group, first=4).check()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 9},
+        {"softcap": 2.0},
+        {"window": 5, "softcap": 3.0, "look_gap": 3},
+        {"value_weighted": False},
+        {"slots": 4},
+        {"slots": 40, "first": 20},
+    ],
+)
+def test_decode_coded_first_options(options):
+    Case(13, (4, 4), **{"first": 4} | options).check()
+
+
+def test_decode_coded_first_of_idle_rows():
+    case = Case(14, (4, 4), torch.bfloat16, batch=3, first=4)
+    case.active = torch.tensor([1, 0, 1], device=DEVICE)
+    case.sinks = torch.tensor([2.0, -1.0] * case.k.shape[1], device=DEVICE)
+    case.check()
+
+
+@pytest.mark.parametrize("first", [0, 4])
+def test_decode_coded_runs_are_bit_identical(first):
     results = []
     for _ in range(2):
-        case = Case(12, (4, 4), torch.bfloat16, 4)
+        case = Case(12, (4, 4), torch.bfloat16, 4, first=first)
         results.append([case.run(), case.mass, case.peak])
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
@@ -290,6 +360,12 @@ def test_encode_and_decode_states(head_dim, bits):
     for kind, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
         args = (codes, scales, rotation.float(), mu.float() if bits > 2 else None, head_dim, kind)
         close(kernels.decode_states(*args), wanted, tolerance)
+    for kind in (torch.bfloat16, torch.float16):
+        generator = torch.Generator().manual_seed(head_dim)
+        first = torch.randn(*states.shape[:2], 4, len(rotation), generator=generator).to(DEVICE, kind)
+        wanted[:, :, :4] = (first.double() @ rotation)[..., :head_dim] + mu[:, None]
+        args = (codes, scales, rotation.float(), mu.float() if bits > 2 else None, head_dim, torch.float32)
+        close(kernels.decode_states(*args, first), wanted, 1e-6)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
@@ -313,6 +389,15 @@ def test_place_coded(bits):
     kernels.place_coded(source, states, codes, scales, rotation, mean)
     for actual, wanted in zip((codes, scales), expected, strict=True):
         assert torch.equal(actual.view(torch.uint8), wanted.view(torch.uint8))
+    source[:, :, 0], source[:, :, 1] = 3, -1
+    for size in (1, 4):
+        first = torch.full((2, heads, size, 64), 7.0, dtype=torch.bfloat16, device=DEVICE)
+        kernels.place_coded(source, states, codes, scales, rotation, mean, first)
+        y = rotated(states, rotation.double()) - mean.double()[:, None]
+        chosen = source[:, :, :size, None].long()
+        wanted = torch.where(chosen < 0, 7.0, y.gather(2, chosen.clamp(min=0).expand(first.shape)))
+        close(first, wanted, 1e-2)
+        assert (first[chosen.expand(first.shape) < 0] == 7).all()
 
 
 def test_encode_states_of_nothing_and_of_too_much():

@@ -9,8 +9,10 @@ products. 8 bits are two levels of 4 bits, of which the upper counts 16 times.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: N803, N806 (Triton's constexpr parameters are upper case)
@@ -30,6 +32,16 @@ def low(width: int, bits: int) -> int:
 def bias(bits: int) -> float:
     """Tell what `unpack` adds to every level."""
     return 12.0 if bits == 2 else 48.0
+
+
+def as_words(codes: Tensor, bits: int) -> Tensor:
+    """View codes as the int32 that a kernel loads, where a vector makes whole words."""
+    return codes.view(torch.int32) if bits < 16 and codes.shape[-1] % 4 == 0 else codes
+
+
+def words_of(width: int, bits: int) -> int:
+    """Words of a vector, up to the next power of two; the matrix units take 16 coordinates at least."""
+    return int(triton.next_power_of_2(max(triton.cdiv(width * bits // 8, 4), 1 if bits == 2 else 2)))
 
 
 @triton.jit

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .codes import QUADS, STEPS, bias, bounded, encode, key_order, key_rows, load_words, pack
+from .codes import QUADS, STEPS, as_words, bias, bounded, encode, key_order, key_rows, load_words, pack, words_of
 from .common import dot, precision
+from .first import key_tile
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: N803, N806 (Triton's constexpr parameters are upper case)
@@ -23,12 +24,14 @@ def _encode(
     new,
     codes,
     scales,
+    states,
     rotation,
     mean,
     new_row,
     new_head,
     new_column,
     count,
+    FIRST: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -67,6 +70,9 @@ def _encode(
         y = y * tl.abs(tl.load(rotation + c * (WIDTH + 1)))[None, :]
         if CENTRED:
             y -= tl.load(mean + head * WIDTH + c)[None, :]
+        if FIRST > 0:
+            to = states + ((row.to(tl.int64) * heads + head) * FIRST + index)[:, None] * WIDTH + c[None, :]
+            tl.store(to, y.to(states.dtype.element_ty), mask=(moved & (index < FIRST))[:, None] & real[None, :])
         y = tl.where(real[None, :], y, 0.0)
         norm = tl.sqrt_rn(tl.sum(y * y, 1))
         code, level = encode(y, norm[:, None], real[None, :], WIDTH, BITS, STEP)
@@ -79,7 +85,13 @@ def _encode(
 
 
 def _launch(
-    source: Tensor | None, new: Tensor, codes: Tensor, scales: Tensor, rotation: Tensor, mean: Tensor | None
+    source: Tensor | None,
+    new: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    rotation: Tensor,
+    mean: Tensor | None,
+    first: Tensor | None,
 ) -> None:
     batch, kv_heads, count, code_bytes = codes.shape
     head_dim, width = new.shape[3], rotation.shape[0]
@@ -92,10 +104,12 @@ def _launch(
         new,
         codes,
         scales,
+        first if first is not None else scales,
         rotation,
         mean if mean is not None else rotation,
         *new.stride()[:3],
         count,
+        FIRST=first.shape[2] if first is not None else 0,
         HEAD_DIM=head_dim,
         WIDTH=width,
         BLOCK_D=max(16, triton.next_power_of_2(width)),
@@ -131,12 +145,18 @@ def encode_states(new: Tensor, rotation: Tensor, mean: Tensor | None, bits: int)
     shape = (*new.shape[:3], rotation.shape[0] * bits // 8)
     codes = torch.empty(shape, dtype=torch.uint8, device=new.device)
     scales = torch.empty(shape[:3], dtype=torch.float16, device=new.device)
-    _launch(None, new, codes, scales, rotation, mean)
+    _launch(None, new, codes, scales, rotation, mean, None)
     return codes, scales
 
 
 def place_coded(
-    source: Tensor, new: Tensor, codes: Tensor, scales: Tensor, rotation: Tensor, mean: Tensor | None
+    source: Tensor,
+    new: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    rotation: Tensor,
+    mean: Tensor | None,
+    first: Tensor | None = None,
 ) -> None:
     """Overwrite coded slots by columns of a chunk, in place: `place` for codes.
 
@@ -150,18 +170,22 @@ def place_coded(
         uint8 ``[batch, kv_heads, slots, width * bits / 8]`` and float16 ``[batch, kv_heads, slots]``, contiguous.
     rotation, mean : Tensor
         As of `encode_states`.
+    first : Tensor or None
+        ``[batch, kv_heads, S, width]`` as of `decode_coded`, contiguous: slots below S are written there too.
     """
-    _launch(source, new, codes, scales, rotation, mean)
+    _launch(source, new, codes, scales, rotation, mean, first)
 
 
 @triton.jit
 def _decode(
     codes,
     scales,
+    first,
     rotation,
     mu,
     out,
     slots,
+    FIRST: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -194,6 +218,11 @@ def _decode(
     # A column of blocks of one size has entries of one size.
     size = tl.abs(tl.load(rotation + d * (WIDTH + 1), mask=d < WIDTH, other=0.0))
     x = x * size[None, :] * tl.load(scales + pair * slots + s, mask=s < slots, other=0.0).to(tl.float32)[:, None]
+    if FIRST > 0 and tl.program_id(0) * BLOCK < FIRST:
+        apart = s < min(FIRST, slots)
+        tile = key_tile(first + pair * FIRST * WIDTH, s, apart, WIDTH, BITS, WORDS, QUADS)
+        whole = dot(tile, signs.to(tile.dtype), tl.zeros([BLOCK, BLOCK_D], tl.float32), PRECISION)
+        x = tl.where(apart[:, None], whole * size[None, :], x)
     if CENTRED:
         x += tl.load(mu + head * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)[None, :]
     tl.store(
@@ -204,7 +233,13 @@ def _decode(
 
 
 def decode_states(
-    codes: Tensor, scales: Tensor, rotation: Tensor, mu: Tensor | None, head_dim: int, dtype: torch.dtype
+    codes: Tensor,
+    scales: Tensor,
+    rotation: Tensor,
+    mu: Tensor | None,
+    head_dim: int,
+    dtype: torch.dtype,
+    first: Tensor | None = None,
 ) -> Tensor:
     """Make states of codes.
 
@@ -220,6 +255,8 @@ def decode_states(
         Coordinates of a state.
     dtype : torch.dtype
         Of the states.
+    first : Tensor or None
+        ``[batch, kv_heads, S, width]`` as of `decode_coded`, contiguous: what slots below S are made of, not codes.
 
     Returns
     -------
@@ -233,17 +270,19 @@ def decode_states(
     out = torch.empty((batch, kv_heads, slots, head_dim), dtype=dtype, device=codes.device)
     block = 64 if native else 32
     _decode[(triton.cdiv(slots, block), kv_heads, batch)](
-        codes.view(torch.int32) if code_bytes % 4 == 0 else codes,
+        as_words(codes, bits),
         scales,
+        first if first is not None else scales,
         rotation,
         mu if mu is not None else rotation,
         out,
         slots,
+        FIRST=first.shape[2] if first is not None else 0,
         HEAD_DIM=head_dim,
         WIDTH=width,
         BLOCK_D=max(16, triton.next_power_of_2(width)),
         BITS=bits,
-        WORDS=triton.next_power_of_2(max(triton.cdiv(code_bytes, 4), 1 if bits == 2 else 2)),
+        WORDS=words_of(width, bits),
         BIAS=bias(bits),
         BLOCK=block,
         CENTRED=mu is not None,

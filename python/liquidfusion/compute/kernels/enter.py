@@ -20,10 +20,12 @@ def _store_vector(
     mean,
     states,
     scales,
+    first,
     rotation,
     pair,
     target,
     slots,
+    FIRST: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -47,9 +49,12 @@ def _store_vector(
         y = rotate(x, rotation, WIDTH, LOW, ROWS, PARTS)
         r = tl.arange(0, PARTS * ROWS)[:, None]
         there = r % ROWS < WIDTH // (LOW * PARTS)
+        at = (r // ROWS * (WIDTH // (LOW * PARTS)) + r % ROWS) * LOW + i
         if CENTRED:
-            at = (r // ROWS * (WIDTH // (LOW * PARTS)) + r % ROWS) * LOW + i
             y -= tl.load(mean + at, mask=there, other=0.0)
+        if FIRST > 0:
+            to = first + (pair * FIRST + target) * WIDTH + at
+            tl.store(to, y.to(first.dtype.element_ty), mask=there & (target < FIRST))
         y = tl.where(there, y, 0.0)
         norm = tl.sqrt_rn(tl.sum(tl.sum(y * y, 1), 0))
         code, level = encode(y, norm, there, WIDTH, BITS, STEP)
@@ -70,6 +75,8 @@ def _enter(
     key_scales,
     values,
     value_scales,
+    key_first,
+    value_first,
     positions,
     mass,
     peak,
@@ -98,6 +105,8 @@ def _enter(
     slots,
     ring_size,
     GROUP: tl.constexpr,
+    K_FIRST: tl.constexpr,
+    V_FIRST: tl.constexpr,
     QUERIES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -147,10 +156,12 @@ def _enter(
                     mean,
                     keys,
                     key_scales,
+                    key_first,
                     rotation,
                     pair,
                     target,
                     slots,
+                    K_FIRST,
                     HEAD_DIM,
                     WIDTH,
                     BLOCK_D,
@@ -170,10 +181,12 @@ def _enter(
                     mean,
                     values,
                     value_scales,
+                    value_first,
                     rotation,
                     pair,
                     target,
                     slots,
+                    V_FIRST,
                     HEAD_DIM,
                     WIDTH,
                     BLOCK_D,
@@ -189,8 +202,8 @@ def enter(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    key_slots: tuple[Tensor, Tensor | None, int],
-    value_slots: tuple[Tensor, Tensor | None, int],
+    key_slots: tuple[Tensor, Tensor | None, Tensor | None, int],
+    value_slots: tuple[Tensor, Tensor | None, Tensor | None, int],
     positions: Tensor,
     mass: Tensor | None,
     peak: Tensor | None,
@@ -204,11 +217,11 @@ def enter(
 ) -> tuple[Tensor, Tensor]:
     """Write the new token; give the queries as the slots' keys want them, and their products with the keys' mean.
 
-    Slots are given as (states or codes, scales, bits). Of coded keys the queries are rotated ``[batch, query_heads,
-    width]``, of dtype `kind`, and the products float32 ``[batch, query_heads]``.
+    Slots are given as (states or codes, scales, first, bits), `first` as of `decode_coded`. Of coded keys the queries
+    are rotated ``[batch, query_heads, width]``, of dtype `kind`, and the products float32 ``[batch, query_heads]``.
     """
-    keys, key_scales, key_bits = key_slots
-    values, value_scales, value_bits = value_slots
+    keys, key_scales, key_first, key_bits = key_slots
+    values, value_scales, value_first, value_bits = value_slots
     batch, query_heads, head_dim = q.shape
     kv_heads, slots = positions.shape[1:]
     group = query_heads // kv_heads
@@ -229,6 +242,8 @@ def enter(
         key_scales if key_scales is not None else none,
         values,
         value_scales if value_scales is not None else none,
+        key_first if key_first is not None else none,
+        value_first if value_first is not None else none,
         positions,
         mass if mass is not None else none,
         peak if peak is not None else none,
@@ -249,6 +264,8 @@ def enter(
         slots,
         ring.shape[2],
         GROUP=group,
+        K_FIRST=key_first.shape[2] if key_first is not None else 0,
+        V_FIRST=value_first.shape[2] if value_first is not None else 0,
         QUERIES=own,
         HEAD_DIM=head_dim,
         WIDTH=width,
