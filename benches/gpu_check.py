@@ -287,9 +287,12 @@ def main() -> int:
     global DEVICE
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default=DEVICE, choices=("cuda", "cpu"))
-    DEVICE = parser.parse_args().device
-    failed = 0
+    parser.add_argument("--only", default="", help="checks whose name has this in it")
+    args = parser.parse_args()
+    DEVICE, failed = args.device, 0
     for name, check in checks():
+        if args.only not in name:
+            continue
         try:
             ok = check()
         except Exception as error:

@@ -113,7 +113,14 @@ def _coding(slots: Slots, device: torch.device) -> dict[str, Any] | None:
     one = next(side.coding for side in sides if isinstance(side, Coded))
     mean = slots.keys.coding.rotated_mean(device) if isinstance(slots.keys, Coded) else None
     bits = tuple(side.coding.bits if isinstance(side, Coded) else 16 for side in sides)
-    return {"rotation": rotation(one.width, device), "mean": mean, "bits": bits}
+    first = [side.first if isinstance(side, Coded) else None for side in sides]
+    return {
+        "rotation": rotation(one.width, device),
+        "mean": mean,
+        "bits": bits,
+        "key_first": first[0],
+        "value_first": first[1],
+    }
 
 
 class Graph:

@@ -157,6 +157,7 @@ class Coded(Side):
         """What the codes stand for, and the first slots as they are."""
         states = self.decoded(self.codes)
         if self.first is not None:
+            # They are few: in torch on a GPU, too.
             states[:, :, : self.first.shape[2]] = self.coding.turned_back(self.first).to(self.made)
         return states
 
@@ -209,11 +210,11 @@ class Coded(Side):
         """Store a chunk's columns."""
         if kernels.available(states.device):
             with torch.cuda.device_of(states):  # type: ignore[no-untyped-call]
-                kernels.place_coded(source, states, *self.codes, *self.turn)
-        else:
-            new = self.coding.encode(states)
-            _move(source, new.codes, self.codes.codes)
-            _move(source, new.scales[..., None], self.codes.scales[..., None])
+                kernels.place_coded(source, states, *self.codes, *self.turn, self.first)
+            return
+        new = self.coding.encode(states)
+        _move(source, new.codes, self.codes.codes)
+        _move(source, new.scales[..., None], self.codes.scales[..., None])
         if self.first is not None:
             self._put_first(source[..., : self.first.shape[2]], states, self.first)
 
@@ -374,8 +375,6 @@ class Slots:
     @property
     def replayable(self) -> bool:
         """Whether the decode kernels read this layer: numbers in another dtype than the model's are converted first."""
-        if any(isinstance(side, Coded) and side.first is not None for side in (self.keys, self.values)):
-            return False
         return all(side.held.dtype == side.made for side in (self.keys, self.values) if isinstance(side, Plain))
 
     def check(self, layer: int, key: Tensor) -> None:

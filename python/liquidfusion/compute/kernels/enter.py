@@ -52,9 +52,8 @@ def _store_vector(
         at = (r // ROWS * (WIDTH // (LOW * PARTS)) + r % ROWS) * LOW + i
         if CENTRED:
             y -= tl.load(mean + at, mask=there, other=0.0)
-        if FIRST > 0:
-            to = first + (pair * FIRST + target) * WIDTH + at
-            tl.store(to, y.to(first.dtype.element_ty), mask=there & (target < FIRST))
+        if target < FIRST:
+            tl.store(first + (pair * FIRST + target) * WIDTH + at, y.to(first.dtype.element_ty), mask=there)
         y = tl.where(there, y, 0.0)
         norm = tl.sqrt_rn(tl.sum(tl.sum(y * y, 1), 0))
         code, level = encode(y, norm, there, WIDTH, BITS, STEP)
