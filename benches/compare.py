@@ -1,16 +1,17 @@
-"""Time the Rust core against torch.topk and numpy.argpartition on the same data, in one process.
+"""Time the Rust core beside torch and numpy on the same data, and beside another build of itself, in one process.
 
-Every comparison first checks that both give the same answer. Machines are noisy: contestants take turns, and the ratio
-is that of their fastest rounds (of the medians in brackets)::
+Machines are noisy: contestants take turns, and the ratio is that of their fastest rounds (of the medians in brackets)::
 
-    python benches/compare.py [--rounds 30] [--json results.json]
+    python benches/compare.py [--rounds 30] [--beside OLD/_core.abi3.so] [--json results.json]
 """
 
 import argparse
+import importlib.util
 import json
 import statistics
 import time
 from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -35,97 +36,76 @@ def scores(rows: int, n: int, seed: int) -> torch.Tensor:
     return torch.rand(rows, n, generator=torch.Generator().manual_seed(seed)) ** 8
 
 
-def check(chosen: torch.Tensor, values: torch.Tensor, k: int) -> None:
-    expected = values.topk(k).indices.sort().values.int()
-    assert torch.equal(chosen, expected), "the selections differ"
+def build(path: str) -> ModuleType:
+    """Another build of the extension, whose interface must be this one's as far as it is used here."""
+    spec = importlib.util.spec_from_file_location("_core", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def selection(rows: int, n: int, k: int, rounds: int) -> list[tuple[str, float, float]]:
-    values = scores(rows, n, seed=n)
-    array, out = values.numpy(), torch.empty(rows, k, dtype=torch.int32)
-    _core.select(values, k, out, threads=1)
-    check(out, values, k)
-    times = race(
-        {
-            "core": lambda: _core.select(values, k, out, threads=1),
-            "core, two threads": lambda: _core.select(values, k, out, threads=2),
-            "torch.topk": lambda: torch.topk(values, k),
-            "torch.topk, sorted=False": lambda: torch.topk(values, k, sorted=False),
-            "numpy.argpartition": lambda: np.argpartition(array, n - k, axis=1),
-            "copy": lambda: values.clone(),
-        },
-        rounds,
-    )
-    return report(f"keep {k} of {n}, {rows} rows", times, "core")
+Builds = dict[str, ModuleType]
 
 
-def ledger(slots: int, interval: int, threads: int) -> tuple[_core.Ledger, Callable[[], None], Callable[[], object]]:
-    """A full ledger of 32 layers and 8 heads, how to bring it one token before a decision, and the decision."""
-    shape = (32, 1, 8, slots)
-    spec = _core.Spec("liquid_fusion", slots, eviction_interval=interval)
+def ledger(
+    core: ModuleType, batch: int, slots: int, interval: int, threads: int
+) -> tuple[Callable[[], None], Callable[[], object]]:
+    """A full ledger of 32 layers and 8 heads: how to bring it to the step of a decision, and the decision."""
+    shape = (32, batch, 8, slots)
+    spec = core.Spec("liquid_fusion", slots, eviction_interval=interval)
     positions, mass, peak = torch.full(shape, -1, dtype=torch.int32), torch.zeros(shape), torch.zeros(shape)
-    core = _core.Ledger(spec, positions, mass, peak, threads=threads)
+    one = core.Ledger(spec, positions, mass, peak, threads=threads)
     chosen = torch.empty(shape[:3], dtype=torch.int64)
-    # Fill, and go to the step before the second decision.
-    for _ in range(slots + interval):
-        core.begin([1], chosen)
-        core.finish()
-    values = scores(256, slots, seed=1).view(shape)
-    mass.copy_(values)
-    peak.copy_(scores(256, slots, seed=2).view(shape))
-    while core.queue_lengths()[0] > interval + 1:
-        core.begin([1], chosen)
-        core.finish()
-    saved = (positions.clone(), mass.clone(), peak.clone())
-    queues = torch.empty(shape, dtype=torch.int32)
-    core.queues(queues)
-    seen = core.seen
+    values = [scores(256 * batch, slots, seed).view(shape) for seed in (1, 2)]
 
-    def rewind() -> None:
-        for tensor, value in zip((positions, mass, peak), saved, strict=True):
-            tensor.copy_(value)
-        core.restore(queues, seen)
+    def step() -> object:
+        one.begin([1] * batch, chosen)
+        return one.finish()
+
+    for _ in range(slots + interval):
+        step()
+    mass.copy_(values[0])
+    peak.copy_(values[1])
+
+    def approach() -> None:
+        for _ in range(interval - 1):
+            step()
+        one.begin([1] * batch, chosen)
 
     def decide() -> None:
-        core.begin([1], chosen)
-        assert core.finish() == 256 * interval
+        assert one.finish() == 256 * batch * interval
 
-    return core, rewind, decide
+    return approach, decide
 
 
-def eviction(rounds: int) -> list[tuple[str, float, float]]:
-    """Evict 64 of 2,112 in 256 rows: the selection alone, and all that a decision does for 32 layers and 8 heads."""
-    slots, interval = 2112, 64
-    values = scores(256, slots, seed=1)
+def decisions(builds: Builds, batch: int, slots: int, interval: int, rounds: int) -> list[tuple[str, float, float]]:
+    """Decisions of 32 layers and 8 heads, beside what torch and numpy take for one of the two selections in them."""
+    times: dict[str, list[float]] = {}
+    contestants: dict[str, tuple[Callable[[], None], Callable[[], object]]] = {}
+    for name, core in builds.items():
+        for threads in (1, 2):
+            contestants[f"{name}, {threads} thread{'s' * (threads > 1)}"] = ledger(
+                core, batch, slots, interval, threads
+            )
+    values = scores(256 * batch, slots, seed=1)
     array = values.numpy()
-    out = torch.empty(256, slots - interval, dtype=torch.int32)
-    _core.select(values, slots - interval, out, threads=1)
-    check(out, values, slots - interval)
-    times = race(
-        {
-            "core": lambda: _core.select(values, slots - interval, out, threads=1),
-            "torch.topk": lambda: torch.topk(values, interval, largest=False),
-            "torch.topk, sorted=False": lambda: torch.topk(values, interval, largest=False, sorted=False),
-            "numpy.argpartition": lambda: np.argpartition(array, interval, axis=1),
-        },
-        rounds,
-    )
-    rows = report(f"evict {interval} of {slots}, 256 rows, selection alone", times, "core")
-
-    decisions: dict[str, list[float]] = {"core, 1 thread": [], "core, 2 threads": []}
-    ledgers = [ledger(slots, interval, threads) for threads in (1, 2)]
+    contestants["torch.topk, one selection"] = (lambda: None, lambda: torch.topk(values, slots // 2))
+    contestants["numpy.argpartition, one"] = (lambda: None, lambda: np.argpartition(array, slots // 2, axis=1))
     for turn in range(rounds + 1):
-        for seconds, (_, rewind, decide) in zip(decisions.values(), ledgers, strict=True):
-            rewind()
+        for name, (approach, work) in contestants.items():
+            approach()
             start = time.perf_counter()
-            decide()
+            work()
             if turn:
-                seconds.append(time.perf_counter() - start)
-    decisions["torch.topk"] = times["torch.topk"]
-    return rows + report("a whole decision, 32 layers x 8 heads x 2112 slots", decisions, "core, 1 thread")
+                times.setdefault(name, []).append(time.perf_counter() - start)
+    return report(
+        f"a decision, 32 layers x {batch} rows x 8 heads x {slots} slots, interval {interval}", times, "core, 1 thread"
+    )
 
 
-def chunk(rows: int, heads: int, new: int, rounds: int) -> list[tuple[str, float, float]]:
+def chunk(builds: Builds, rows: int, heads: int, new: int, rounds: int) -> list[tuple[str, float, float]]:
     """What prefill waits for: one layer's decision about `new` columns beside 2,048 full slots of every head."""
     slots = 2048
     shape = (1, rows, heads, slots)
@@ -135,58 +115,59 @@ def chunk(rows: int, heads: int, new: int, rounds: int) -> list[tuple[str, float
         columns = torch.arange(new, dtype=torch.int32).repeat(rows, 1)
         return columns, *(scores(rows * heads, slots + new, seed).view(rows, heads, -1) for seed in (1, 2))
 
-    def call(core: _core.Ledger, columns: torch.Tensor, mass: torch.Tensor, peak: torch.Tensor) -> float:
-        core.begin([columns.shape[1]] * rows, chosen)
+    def call(one: _core.Ledger, columns: torch.Tensor, mass: torch.Tensor, peak: torch.Tensor) -> float:
+        one.begin([columns.shape[1]] * rows, chosen)
         start = time.perf_counter()
-        core.chunk(0, columns, mass, peak, source)
+        one.chunk(0, columns, mass, peak, source)
         taken = time.perf_counter() - start
-        core.finish()
+        one.finish()
         return taken
 
-    cores = [
-        _core.Ledger(
-            _core.Spec("liquid_fusion", slots),
-            torch.full(shape, -1, dtype=torch.int32),
-            torch.zeros(shape),
-            torch.zeros(shape),
-            threads=threads,
-        )
-        for threads in (1, 2)
-    ]
-    for core in cores:
-        call(core, *inputs(slots))
-    times: dict[str, list[float]] = {"1 thread": [], "2 threads": []}
+    times: dict[str, list[float]] = {}
+    ledgers = {}
+    for name, core in builds.items():
+        for threads in (1, 2):
+            tensors = torch.full(shape, -1, dtype=torch.int32), torch.zeros(shape), torch.zeros(shape)
+            one = core.Ledger(core.Spec("liquid_fusion", slots), *tensors, threads=threads)
+            call(one, *inputs(slots))
+            ledgers[f"{name}, {threads} thread{'s' * (threads > 1)}"] = one
     given = inputs(new)
     for turn in range(rounds + 1):
-        for seconds, core in zip(times.values(), cores, strict=True):
-            taken = call(core, *given)
+        for name, one in ledgers.items():
+            taken = call(one, *given)
             if turn:
-                seconds.append(taken)
-    return report(f"a chunk's decision, {rows * heads} heads x {slots + new} candidates", times, "1 thread")
+                times.setdefault(name, []).append(taken)
+    return report(f"a chunk's decision, {rows * heads} heads x {slots + new} candidates", times, "core, 1 thread")
 
 
-def overhead(rounds: int) -> list[tuple[str, float, float]]:
-    """Calls with next to nothing to do."""
-    shape = (1, 1, 1, 4096)
-    spec = _core.Spec("liquid_fusion", 4096)
-    tensors = (torch.full(shape, -1, dtype=torch.int32), torch.zeros(shape), torch.zeros(shape))
-    core = _core.Ledger(spec, *tensors)
-    chosen = torch.empty(1, 1, 1, dtype=torch.int64)
-    times: dict[str, list[float]] = {"begin": [], "finish": []}
-    for turn in range(max(rounds * 10, 200)):
-        start = time.perf_counter()
-        core.begin([1], chosen)
-        middle = time.perf_counter()
-        core.finish()
-        end = time.perf_counter()
-        if turn > 10:
-            times["begin"].append(middle - start)
-            times["finish"].append(end - middle)
-    return report("call overhead", times, "begin")
+def overhead(builds: Builds, rounds: int) -> list[tuple[str, float, float]]:
+    """Calls with next to nothing to do, and making a ledger of one slot tensor of 64 slots."""
+    times: dict[str, list[float]] = {}
+    for name, core in builds.items():
+        shape = (1, 1, 1, 4096)
+        tensors = (torch.full(shape, -1, dtype=torch.int32), torch.zeros(shape), torch.zeros(shape))
+        small = [tensor[..., :64].contiguous() for tensor in tensors]
+        one = core.Ledger(core.Spec("liquid_fusion", 4096), *tensors)
+        chosen = torch.empty(1, 1, 1, dtype=torch.int64)
+        seconds: list[list[float]] = [[], [], []]
+        for turn in range(max(rounds * 10, 200)):
+            marks = [time.perf_counter()]
+            for work in (
+                lambda one=one, chosen=chosen: one.begin([1], chosen),
+                lambda one=one: one.finish(),
+                lambda core=core, small=small: core.Ledger(core.Spec("liquid_fusion", 64), *small),
+            ):
+                work()
+                marks.append(time.perf_counter())
+            if turn > 10:
+                for i, taken in enumerate(seconds):
+                    taken.append(marks[i + 1] - marks[i])
+        times |= {f"{name}, {what}": taken for what, taken in zip(("begin", "finish", "Ledger"), seconds, strict=True)}
+    return report("call overhead", times, "core, begin")
 
 
 def accumulation(
-    shape: tuple[int, ...], dtype: torch.dtype, threads: int, rounds: int
+    builds: Builds, shape: tuple[int, ...], dtype: torch.dtype, threads: int, rounds: int
 ) -> list[tuple[str, float, float]]:
     """Against a plain sum of the same bytes (as float32 whatever the dtype), with as many threads."""
     batch, heads, _, queries, columns = shape
@@ -199,15 +180,13 @@ def accumulation(
     assert torch.allclose(mass, (mean * fade[:, None].float()).sum(2), rtol=1e-4), "the masses differ"
     flat = probabilities.view(torch.float32) if dtype != torch.float32 else probabilities
     raw = flat.nan_to_num(0.0)  # 16-bit patterns read as float32 may be NaN, which sums at the same speed but warns
-    times = race(
-        {
-            "core": lambda: _core.accumulate(
-                probabilities, ages, [queries] * batch, mass, peak, 0.998, 0.9995, threads=threads
-            ),
-            "plain sum": lambda: raw.sum(),
-        },
-        rounds,
-    )
+
+    def accumulate(core: ModuleType) -> Callable[[], object]:
+        arguments = (probabilities, ages, [queries] * batch, mass, peak, 0.998, 0.9995)
+        return lambda: core.accumulate(*arguments, threads=threads)
+
+    contestants = {name: accumulate(core) for name, core in builds.items()}
+    times = race({**contestants, "plain sum": lambda: raw.sum()}, rounds)
     size = probabilities.numel() * probabilities.element_size()
     name = f"accumulate {dtype} {list(shape)}, {size / 1e6:.0f} MB, {threads} thread{'s' * (threads > 1)}"
     return report(name, times, "core", size)
@@ -231,23 +210,27 @@ def report(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30, help="rounds per contestant (default: 30)")
+    parser.add_argument("--beside", help="another build of the extension, to be timed in turn with this one")
     parser.add_argument("--json", help="also write all times in seconds to this file")
     arguments = parser.parse_args()
     rounds = arguments.rounds
     torch.set_num_threads(1)
     print(_core.build_info(), f"torch {torch.__version__}, numpy {np.__version__}, times: fastest of {rounds} rounds")
 
-    rows = selection(256, 2048, 1024, rounds)
-    rows += eviction(rounds)
-    rows += selection(8, 131072, 2048, max(rounds // 3, 3))
-    rows += chunk(1, 8, 32768, rounds)
-    rows += chunk(440, 4, 18, rounds)
-    rows += overhead(rounds)
+    builds: Builds = {"core": _core}
+    if arguments.beside:
+        builds["other build"] = build(arguments.beside)
+    rows = decisions(builds, 1, 2112, 64, rounds)
+    rows += decisions(builds, 1, 2048, 64, rounds)
+    rows += decisions(builds, 64, 2048, 1, max(rounds // 10, 3))
+    rows += chunk(builds, 1, 8, 32768, rounds)
+    rows += chunk(builds, 440, 4, 18, rounds)
+    rows += overhead(builds, rounds)
     for threads in (1, 2):
         torch.set_num_threads(threads)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            rows += accumulation((1, 8, 4, 64, 4096), dtype, threads, rounds)
-            rows += accumulation((4, 8, 4, 1, 4096), dtype, threads, rounds)
+            rows += accumulation(builds, (1, 8, 4, 64, 4096), dtype, threads, rounds)
+            rows += accumulation(builds, (4, 8, 4, 1, 4096), dtype, threads, rounds)
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump([{"what": what, "seconds": low, "median": median} for what, low, median in rows], file, indent=2)

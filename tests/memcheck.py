@@ -34,16 +34,6 @@ class Numbers:
         )
 
 
-def selections(core: Any, rng: Numbers) -> None:
-    for rows, n, k in [(1, 1, 1), (3, 7, 2), (5, 8, 8), (4, 67, 31), (2, 2112, 2048), (70, 2048, 1000)]:
-        scores = rng.random((rows, n)) ** 8
-        out = np.empty((rows, k), dtype=np.int32)
-        for threads in (1, 2):
-            core.select(scores, k, out, threads=threads)
-            expected = np.sort(np.argsort(scores, axis=1, kind="stable")[:, n - k :], axis=1)
-            assert (out == expected).all()
-
-
 def accumulations(core: Any, rng: Numbers) -> None:
     for shape in [(1, 1, 1, 1, 1), (2, 3, 2, 5, 33), (1, 2, 4, 3, 2500), (1, 8, 4, 8, 4097)]:
         batch, heads, _, queries, columns = shape
@@ -58,7 +48,7 @@ def accumulations(core: Any, rng: Numbers) -> None:
 
 
 def ledgers(core: Any, rng: Numbers) -> None:
-    for strategy in ("streaming", "h2o", "liquid_fusion"):
+    for strategy in ("streaming", "h2o", "liquid_fusion", "keydiff"):
         for slots, interval in [(40, 3), (264, 16)]:
             shape = (2, 2, 3, slots)
             positions = np.full(shape, -1, dtype=np.int32)
@@ -73,14 +63,15 @@ def ledgers(core: Any, rng: Numbers) -> None:
             source = np.empty(shape[1:], dtype=np.int32)
             for layer in range(2):
                 scores = rng.random((2, 2, 3, slots + new))
-                ledger.chunk(layer, columns, scores[0].copy(), scores[1].copy(), source)
+                distinct = rng.random((2, 3, slots + new))
+                ledger.chunk(layer, columns, scores[0].copy(), scores[1].copy(), source, distinct)
                 assert (np.sort(source) >= 0).all()
-            ledger.finish()
+            ledger.finish(rng.random(shape))
             for _ in range(4 * interval):
                 ledger.begin([1, 1], chosen)
                 mass += rng.random(shape)
                 peak += rng.random(shape)
-                ledger.finish()
+                ledger.finish(rng.random(shape))
             for row in positions.reshape(-1, slots):
                 assert len(set(row.tolist())) == slots
 
@@ -88,7 +79,6 @@ def ledgers(core: Any, rng: Numbers) -> None:
 if __name__ == "__main__":
     extension = load(Path(sys.argv[1]))
     generator = Numbers()
-    selections(extension, generator)
     accumulations(extension, generator)
     ledgers(extension, generator)
     print("memcheck: every check passed")

@@ -142,12 +142,17 @@ impl Ledger {
             let [dropped, _] = dropped.map_err(|bad| score_error(place, bad))?;
             // The oldest of the columns that stay goes into the first slot that is free.
             let (of_slots, of_columns) = dropped.split_at(dropped.partition_point(|&i| (i as usize) < stored.len()));
-            let mut stays: Vec<bool> = columns.iter().map(|&position| position >= 0).collect();
-            for &i in of_columns {
-                stays[i as usize - stored.len()] = false;
+            let (mut staying, mut next) = (Vec::with_capacity(stored.len()), 0);
+            for dropped in of_columns.iter().map(|&i| i as usize - stored.len()).chain([columns.len()]) {
+                while next < dropped {
+                    if columns[next] >= 0 {
+                        staying.push(next as i32);
+                    }
+                    next += 1;
+                }
+                next += 1;
             }
-            let mut staying = (0..).zip(stays).filter_map(|(column, stays)| stays.then_some(column));
-            let mut of_slots = of_slots.iter().peekable();
+            let (mut of_slots, mut staying) = (of_slots.iter().peekable(), staying.into_iter());
             for ((slot, source), &position) in (0..).zip(source).zip(stored) {
                 let free = of_slots.next_if_eq(&&slot).is_some() || position < 0;
                 *source = if free { staying.next().unwrap_or(-1) } else { -1 };
