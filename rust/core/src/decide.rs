@@ -99,7 +99,8 @@ impl Scratch {
             let search = (0 < k && k < count).then(|| score.worth(left, &within, at_least(worth, n)));
             let all = k > 0 && k >= count;
             let ordinals = at_least(ordinals, n);
-            count = simd::dispatch(Take { left, within: &within, search, all, ordinals, k, count, near, needed, into });
+            let (within, signed) = (&within, score.signed());
+            count = simd::dispatch(Take { left, within, search, signed, all, ordinals, k, count, near, needed, into });
             left = into.head(left);
         }
         Ok([left.index, left.positions])
@@ -159,20 +160,23 @@ impl Work for Open<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self, _: L) -> Self::Output {
         let Self { positions, seen, pinned, recent } = self;
-        let (first, none) = (pinned as i32, below(positions, 0));
+        let first = pinned as i32;
+        let old = below(positions, first);
         // Where a pinned sink is missing, one more is recent.
-        let window = (recent + pinned).saturating_sub(below(positions, first) - none);
+        let window = (recent + pinned).saturating_sub(old - below(positions, 0));
         // As a rule every token of the recent window is there, and none has to be searched.
-        let mut newest = (seen.saturating_sub(window) as i32).max(first);
-        if positions.len() - below(positions, newest) != window {
-            let mut others: Vec<i32> = positions.iter().copied().filter(|&p| p >= first).collect();
-            newest = match others.len().checked_sub(window) {
-                Some(from) if from < others.len() => *others.select_nth_unstable(from).1,
-                Some(_) => i32::MAX,
-                None => first,
-            };
+        let newest = (seen.saturating_sub(window) as i32).max(first);
+        let older = below(positions, newest);
+        if positions.len() - older == window {
+            return (first..newest, older - old);
         }
-        (first..newest, below(positions, newest) - below(positions, first))
+        let mut others: Vec<i32> = positions.iter().copied().filter(|&p| p >= first).collect();
+        let newest = match others.len().checked_sub(window) {
+            Some(from) if from < others.len() => *others.select_nth_unstable(from).1,
+            Some(_) => i32::MAX,
+            None => first,
+        };
+        (first..newest, below(positions, newest) - old)
     }
 }
 
@@ -182,6 +186,8 @@ struct Take<'a> {
     within: &'a Range<i32>,
     /// What the candidates are worth, where that matters.
     search: Option<&'a [f32]>,
+    /// Whether it may be negative; else its bits are its ordinal, but for the sign of zero.
+    signed: bool,
     /// Whether all are taken.
     all: bool,
     ordinals: &'a mut [i32],
@@ -199,20 +205,26 @@ impl Work for Take<'_> {
 
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) -> usize {
-        let Self { left, within, search, all, ordinals, k, count, near, needed, into } = self;
+        let Self { left, within, search, signed, all, ordinals, k, count, near, needed, into } = self;
         let positions = left.positions;
         let inside = |position: i32| (position >= within.start) & (position < within.end);
         let mut bound = if all { ABSENT } else { i32::MAX };
         if let Some(worth) = search {
-            let (mut before_least, mut most) = (i32::MAX, ABSENT);
-            for ((to, &worth), &position) in ordinals.iter_mut().zip(worth).zip(positions) {
-                let own = ordinal(worth);
-                *to = if inside(position) { own } else { ABSENT };
-                most = most.max(*to);
-                // Of what is absent this is the greatest number there is.
-                before_least = before_least.min(to.wrapping_sub(1));
+            let least = if signed { ABSENT + 1 } else { 0 };
+            let rows = ordinals.iter_mut().zip(worth).zip(positions);
+            let mut most = ABSENT;
+            if signed {
+                rows.for_each(|((to, &worth), &position)| {
+                    *to = if inside(position) { ordinal(worth) } else { ABSENT };
+                    most = most.max(*to);
+                });
+            } else {
+                rows.for_each(|((to, &worth), &position)| {
+                    *to = if inside(position) { worth.abs().to_bits() as i32 } else { ABSENT };
+                    most = most.max(*to);
+                });
             }
-            let field = Field { count, least: before_least + 1, most };
+            let field = Field { count, least, most };
             bound = cut(ordinals, positions, k, field, near).settle(ordinals, positions);
         } else {
             for (to, &position) in ordinals.iter_mut().zip(positions) {

@@ -8,9 +8,14 @@ use crate::simd::{self, Lanes, Work};
 use crate::spec::Spec;
 
 /// An answer to what tokens are worth.
-pub(crate) trait Score {
+pub(crate) trait Score: Sync {
     /// What every candidate of `head` is worth; only those whose positions are `within` matter. `out` is as long, to be used or not.
     fn worth<'a>(&self, head: Head<'a>, within: &Range<i32>, out: &'a mut [f32]) -> &'a [f32];
+
+    /// Whether it may be negative.
+    fn signed(&self) -> bool {
+        false
+    }
 }
 
 /// The attention mass it gathered.
@@ -39,6 +44,10 @@ pub(crate) struct Distinct;
 impl Score for Distinct {
     fn worth<'a>(&self, head: Head<'a>, _: &Range<i32>, _: &'a mut [f32]) -> &'a [f32] {
         head.scores[DISTINCT]
+    }
+
+    fn signed(&self) -> bool {
+        true
     }
 }
 

@@ -118,6 +118,8 @@ impl Ledger {
             fail!(Tensor, "{} needs distinct, got None", spec.strategy().name);
         }
         let split = spec.split(shape.slots - 2 * spec.interval());
+        let heavy = spec.heavy(average.as_ref());
+        let rule = Rule { split, adaptive: spec.adaptive(), heavy: &*heavy };
         let scores = slots.scores.as_ref().filter(|_| spec.strategy().scored);
         let positions = &*slots.positions;
         let failure = Failure::default();
@@ -134,8 +136,6 @@ impl Ledger {
                     &distinct[pair * shape.slots..][..shape.slots]
                 }),
             ];
-            let heavy = spec.heavy(average.as_ref());
-            let rule = Rule { split, adaptive: spec.adaptive(), heavy: &*heavy };
             let Ring { start, len } = rings[place.row];
             let shown = Shown { place, seen: seen[place.row], stored: &positions[here], columns: &[], scores };
             SCRATCH.with_borrow_mut(|scratch| {
