@@ -6,7 +6,7 @@
 
 use half::f16;
 
-use crate::accumulate::Element as _;
+use crate::element::Element as _;
 use crate::error::{Result, fail};
 use crate::simd::{self, Lanes, Work};
 use crate::threads;

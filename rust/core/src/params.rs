@@ -7,34 +7,21 @@ use crate::split::MOST_TOKENS;
 
 /// A parameter, by its place in [`PARAMETERS`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[expect(missing_docs, reason = "the table says what each is")]
 pub enum Name {
-    /// Recent tokens that determine the budget when none is given.
     WindowSize,
-    /// Number of attention sinks.
     SinkSize,
-    /// Rate with which the mass follows the attention.
     SinkUpdateRate,
-    /// Weight of the heavy hitters against the recent window.
     HeavyRatio,
-    /// Weight of the recent window against the heavy hitters.
     RecentRatio,
-    /// Part of the heavy hitters chosen by distinctness.
     DistinctRatio,
-    /// Part of the heavy hitters chosen by peak attention.
     PeakRatio,
-    /// How sinks are found.
     Sinks,
-    /// Whether attention is weighted with the length of the value vectors.
     ValueWeighted,
-    /// Distance from which a look at a token counts.
     LookGap,
-    /// Distance up to which a look within a chunk counts for the peak.
     PeakReach,
-    /// Whether mass is judged per query that could look.
     Averaged,
-    /// Tokens of age that halve an averaged mass.
     AgeHalfLife,
-    /// Tokens between two decisions.
     EvictionInterval,
 }
 
