@@ -49,12 +49,19 @@ def build(path: str) -> ModuleType:
 Builds = dict[str, ModuleType]
 
 
+def liquid_fusion(core: ModuleType, slots: int, **parameters: float) -> _core.Spec:
+    """The default strategy, by mass and peak alone, which a build from before distinctness has too."""
+    if hasattr(core, "parameters"):
+        parameters["distinct_ratio"] = 0.0
+    return core.Spec("liquid_fusion", slots, **parameters)
+
+
 def ledger(
     core: ModuleType, batch: int, slots: int, interval: int, threads: int
 ) -> tuple[Callable[[], None], Callable[[], object]]:
     """A full ledger of 32 layers and 8 heads: how to bring it to the step of a decision, and the decision."""
     shape = (32, batch, 8, slots)
-    spec = core.Spec("liquid_fusion", slots, eviction_interval=interval)
+    spec = liquid_fusion(core, slots, eviction_interval=interval)
     positions, mass, peak = torch.full(shape, -1, dtype=torch.int32), torch.zeros(shape), torch.zeros(shape)
     one = core.Ledger(spec, positions, mass, peak, threads=threads)
     chosen = torch.empty(shape[:3], dtype=torch.int64)
@@ -128,7 +135,7 @@ def chunk(builds: Builds, rows: int, heads: int, new: int, rounds: int) -> list[
     for name, core in builds.items():
         for threads in (1, 2):
             tensors = torch.full(shape, -1, dtype=torch.int32), torch.zeros(shape), torch.zeros(shape)
-            one = core.Ledger(core.Spec("liquid_fusion", slots), *tensors, threads=threads)
+            one = core.Ledger(liquid_fusion(core, slots), *tensors, threads=threads)
             call(one, *inputs(slots))
             ledgers[f"{name}, {threads} thread{'s' * (threads > 1)}"] = one
     given = inputs(new)
@@ -147,7 +154,7 @@ def overhead(builds: Builds, rounds: int) -> list[tuple[str, float, float]]:
         shape = (1, 1, 1, 4096)
         tensors = (torch.full(shape, -1, dtype=torch.int32), torch.zeros(shape), torch.zeros(shape))
         small = [tensor[..., :64].contiguous() for tensor in tensors]
-        one = core.Ledger(core.Spec("liquid_fusion", 4096), *tensors)
+        one = core.Ledger(liquid_fusion(core, 4096), *tensors)
         chosen = torch.empty(1, 1, 1, dtype=torch.int64)
         seconds: list[list[float]] = [[], [], []]
         for turn in range(max(rounds * 10, 200)):
@@ -155,7 +162,7 @@ def overhead(builds: Builds, rounds: int) -> list[tuple[str, float, float]]:
             for work in (
                 lambda one=one, chosen=chosen: one.begin([1], chosen),
                 lambda one=one: one.finish(),
-                lambda core=core, small=small: core.Ledger(core.Spec("liquid_fusion", 64), *small),
+                lambda core=core, small=small: core.Ledger(liquid_fusion(core, 64), *small),
             ):
                 work()
                 marks.append(time.perf_counter())

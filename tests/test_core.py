@@ -325,7 +325,7 @@ def test_threads_do_not_change_decisions(monkeypatch):
     results = []
     for threads in (1, 2, 5):
         bound = tensors((8, 4, 4, 600))
-        core = _core.Ledger(_core.Spec("liquid_fusion", 600), *bound, threads=threads)
+        core = _core.Ledger(_core.Spec("liquid_fusion", 600, distinct_ratio=0.0), *bound, threads=threads)
         out = torch.empty(8, 4, 4, dtype=torch.int64)
         generator = torch.Generator().manual_seed(0)
         for _ in range(700):
@@ -770,7 +770,7 @@ def test_a_fresh_ledger_costs_little(half_life):
 
 
 def test_rows_catch_up_as_by_calls_of_one_token():
-    (core, positions, mass, _), (other, other_positions, other_mass, _) = filled(), filled()
+    (core, positions, mass, _), (other, other_positions, other_mass, _) = (filled(steps=SLOTS + 10) for _ in range(2))
     steps = {0: 1, 2: 0}
     lengths = other.queue_lengths()
     steps[0] = lengths[0] - 3  # an interval of 2 must be left, and one more
