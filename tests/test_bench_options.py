@@ -78,9 +78,8 @@ def test_run_offers_every_cache_and_task_option() -> None:
 
 def test_sweep_and_experiment_take_the_same() -> None:
     names = {f.name for f in fields(experiments.Experiment)}
-    assert names - {"parameters", "rivals"} <= options("sweep")
-    assert {f.name for f in fields(Grid)} - {"parameters", "rivals"} <= options("sweep")
-    assert "rival" in options("sweep")
+    assert names - {"parameters"} <= options("sweep")
+    assert {f.name for f in fields(Grid)} - {"parameters"} <= options("sweep")
     assert {*parameters.table(), *caches.HOW} <= options("sweep")
 
 

@@ -20,6 +20,13 @@ UNBOUNDED = (REFERENCE, "full")
 NAMES = {REFERENCE: "transformers' cache", "full": "full cache"}
 _NOT_CONDITIONS = ("context", "data", "text", "prompts", "seed")
 
+_NEEDED = {
+    "figures": ("model_name", "budget", "contexts", "dtype"),
+    "windows": ("model_name", "strategy", "budgets_used"),
+    "metrics": ("model_name",),
+}
+"""What the metadata of documents of `speed`, `stream` and `load` must have."""
+
 Facts = tuple[tuple[str, str], ...]
 
 
@@ -203,7 +210,8 @@ def _identity(document: dict[str, Any]) -> str:
 def _checked(document: dict[str, Any], part: str) -> dict[str, Any]:
     """Refuse a document that lacks what its section needs."""
     metadata = document["metadata"]
-    if not isinstance(metadata.get("machine", {}), dict) or not document[part] or not metadata["model_name"]:
+    lacking = [name for name in _NEEDED[part] if name not in metadata]
+    if lacking or not isinstance(metadata.get("machine", {}), dict) or not document[part]:
         raise ValueError("not a result")
     return document
 

@@ -100,7 +100,7 @@ class Grid:
         Of keys and values, as :func:`liquidfusion.KVCache` takes them; none: the model's own.
     parameters
         Parameters of the strategies and options of the cache: a value, or a list of which each is taken.
-    rivals
+    rival
         Other people's methods, as :func:`liquidfusion.bench.rivals.parse` takes them, at the same sizes.
     rival_python
         The interpreter for kvpress.
@@ -116,7 +116,7 @@ class Grid:
     memory: Sequence[Any] = ()
     bits: Sequence[Any] = ()
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    rivals: Sequence[str] = ()
+    rival: Sequence[str] = ()
     rival_python: str | None = None
     seed: int = 0
     dtype: str = "auto"
@@ -143,7 +143,7 @@ class Grid:
             runner.find_task(task)
         caches: list[CacheOptions | Rival] = [c for strategy in self.strategies for c in self._caches(strategy)]
         sizes = self._sizes() or [{}]
-        caches += [c for text in self.rivals for size in sizes for c in parse(text, python=self.rival_python, **size)]
+        caches += [c for text in self.rival for size in sizes for c in parse(text, python=self.rival_python, **size)]
         pairs = list(itertools.product(self.models, self.tasks))
         wanted: list[tuple[str, str, CacheOptions | Rival | None]] = [(*pair, reference(pair[1])) for pair in pairs]
         wanted += [(*pair, cache) for pair in pairs for cache in caches]
