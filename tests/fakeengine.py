@@ -73,8 +73,8 @@ class State:
     tokens: tuple[int, ...]
     nbytes: int = 1000
 
-    def to_file(self, path: Path) -> None:
-        path.write_text(json.dumps(self.tokens))
+    def to_file(self, path: str) -> None:
+        Path(path).write_text(json.dumps(self.tokens))
 
 
 @dataclass
@@ -191,9 +191,9 @@ class FakeEngine:
             self._wake.notify()
         return made
 
-    def load_state(self, path: Path) -> State:
+    def load_state(self, path: str) -> State:
         try:
-            return State(tuple(json.loads(path.read_text())))
+            return State(tuple(json.loads(Path(path).read_text())))
         except ValueError as error:
             raise CacheError(f"{path} is no row") from error
 

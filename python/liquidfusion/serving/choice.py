@@ -119,7 +119,7 @@ class Choice:
         return ready
 
     def _last(self, detokenizer: Detokenizer, stops: Stops, said: list[Said], text: str) -> Piece:
-        reason = self.request.finish_reason
+        reason: str | None = self.request.finish_reason
         if stops.found is None:
             if reason == "error":
                 raise ApiError(500, f"The engine failed: {self.request.error}")

@@ -17,29 +17,17 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from liquidfusion.exceptions import ConfigError, LiquidFusionError
+
+if TYPE_CHECKING:
+    from liquidfusion.state.row import RowState
 
 log = logging.getLogger(__name__)
 
 OUTCOMES = ("continued", "edited", "retokenized", "unreadable")
 """What can become of a request that has a conversation's beginning: only the first saves reading it."""
-
-
-class RowState(Protocol):
-    """A row in host memory, as the engine gives and takes it."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it takes."""
-
-    @property
-    def tokens(self) -> Sequence[int]:
-        """Every token that the row has read, in order."""
-
-    def to_file(self, path: Path) -> None:
-        """Write it, readable by the owner only."""
 
 
 @dataclass
@@ -72,7 +60,7 @@ class Conversations:
     """
 
     def __init__(
-        self, budget: int, *, directory: Path | None = None, load: Callable[[Path], RowState] | None = None
+        self, budget: int, *, directory: Path | None = None, load: Callable[[str], RowState] | None = None
     ) -> None:
         self.budget = budget
         self.nbytes = 0
@@ -152,7 +140,7 @@ class Conversations:
         """The row itself, read from its file if it must be."""
         if kept.state is None and self._load is not None:
             try:
-                kept.state = self._load(self._paths(digest)[0])
+                kept.state = self._load(str(self._paths(digest)[0]))
             except (OSError, LiquidFusionError) as error:
                 log.warning("a kept conversation is dropped: %s", error)
                 self._drop(digest)
@@ -196,7 +184,7 @@ class Conversations:
     def _write(self, directory: Path, chain: Sequence[str], state: RowState) -> None:
         row, note = self._paths(chain[-1])
         try:
-            state.to_file(row)
+            state.to_file(str(row))
             row.chmod(0o600)
             handle, temporary = tempfile.mkstemp(dir=directory)  # mode 0600
             with os.fdopen(handle, "w", encoding="utf8") as file:

@@ -97,6 +97,9 @@ def build(settings: Settings) -> Service:
     rows = settings.rows or rows_that_fit(
         model.device, row_bytes(model.config, settings.budget, settings.bits, model.dtype.itemsize)
     )
+    options = dict(settings.parameters)
+    if settings.bits is not None:
+        options["bits"] = settings.bits
     engine = Engine(
         model,
         rows=rows,
@@ -106,8 +109,7 @@ def build(settings: Settings) -> Service:
         chunk=settings.chunk,
         step_tokens=settings.step_tokens,
         queue_limit=QUEUE * rows if settings.queue_limit is None else settings.queue_limit,
-        **({} if settings.bits is None else {"bits": settings.bits}),
-        **settings.parameters,
+        **options,
     )
     engine.served = model  # type: ignore[attr-defined] # caches refer to their models weakly
     try:
@@ -159,7 +161,7 @@ def row_bytes(config: Any, budget: int, bits: int | tuple[int, int] | None, elem
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     pair = bits if isinstance(bits, tuple) else (bits, bits)
     slot = 16.0 + sum(_side_bytes(one, head_dim, element) for one in pair)
-    return round(text.num_hidden_layers * kv_heads * budget * slot)
+    return int(text.num_hidden_layers * kv_heads * budget * slot)
 
 
 def _side_bytes(bits: int | None, head_dim: int, element: int) -> float:

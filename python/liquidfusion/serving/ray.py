@@ -127,7 +127,9 @@ def application(
     http : dict, optional
         Arguments of `create_app`.
     """
-    replica = serve.deployment(
+    # Ray's own types do not say that these can be bound, nor that a router may be named.
+    router: Any = _ROUTER
+    replica: Any = serve.deployment(
         Replica,
         name="Replica",
         num_replicas=replicas,
@@ -137,7 +139,7 @@ def application(
         health_check_period_s=5,
         graceful_shutdown_timeout_s=60,
         request_router_config=RequestRouterConfig(
-            request_router_class=_ROUTER, request_router_kwargs={"num_fallback_replicas": max(1, replicas - 1)}
+            request_router_class=router, request_router_kwargs={"num_fallback_replicas": max(1, replicas - 1)}
         ),
     )
 
@@ -145,8 +147,9 @@ def application(
         name = serve.get_replica_context().app_name
         return create_app(Replicas(serve.get_deployment_handle("Replica", app_name=name)), **(http or {}))
 
-    front = serve.deployment(serve.ingress(entrance)(), name="Entrance", max_ongoing_requests=10_000)
-    return front.bind(replica.bind(make))
+    front: Any = serve.deployment(serve.ingress(entrance)(), name="Entrance", max_ongoing_requests=10_000)
+    bound: serve.Application = front.bind(replica.bind(make))
+    return bound
 
 
 class Replica:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from liquidfusion.exceptions import CacheError, ConfigError, QueueFull
 from liquidfusion.serving import schema
 from liquidfusion.serving.choice import Choice, Piece
-from liquidfusion.serving.conversations import Conversations, RowState, digest, digests
+from liquidfusion.serving.conversations import Conversations, digest, digests
 from liquidfusion.serving.errors import ApiError
 from liquidfusion.serving.events import ChatWriter, CompletionWriter, Writer, fold
 from liquidfusion.serving.metrics import Metrics
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from liquidfusion.hf.engine import Engine
     from liquidfusion.run.request import Request
     from liquidfusion.run.sampling import Sampling
+    from liquidfusion.state.row import RowState
 
 log = logging.getLogger(__name__)
 
