@@ -412,13 +412,10 @@ class KVCache(Cache, Serves):
 
     def _graph_for(self, step: Step) -> Graph | None:
         """What replays this call on the GPU: one real token per row, layers alike and on one device."""
-        if not self._seen.columns or not step.decodes or len(self._groups.all) > 1 or self._rotary is not None:
-            return None
-        if not self._geometry.plain:
+        alike = self._geometry.plain and len(self._groups.all) == 1 and self._rotary is None
+        if not self._seen.columns or not step.decodes or not alike or not self._groups.all[0].spec.bounded:
             return None
         group = self._groups.all[0]
-        if not group.spec.bounded:
-            return None
         if self._graph is None or self._graph.ledger is not group.ledger:
             where = group.devices
             if len(where) > 1 or not kernels.available(where.pop()):
