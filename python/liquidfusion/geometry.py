@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -121,7 +122,10 @@ class Geometry:
     def plain(self) -> bool:
         """Whether every layer attends to slots of its own, in a window or not, and keeps nothing else."""
         return all(
-            layer.kind in (Kind.FULL, Kind.WINDOW) and layer.source == i and not layer.state and not layer.latent
+            layer.kind in (Kind.FULL, Kind.WINDOW)
+            and layer.source == i
+            and layer.key_dim == layer.value_dim
+            and not layer.state
             for i, layer in enumerate(self.layers)
         )
 
@@ -323,8 +327,17 @@ def _check(model: PreTrainedModel, config: Any, modules: Modules) -> None:
         causal = getattr(module, "is_causal", True) or getattr(module, "is_decoder", False)
         if config is model.config and not (causal and getattr(config, "is_causal", True)):
             raise refuse(f"attends to later tokens too ({type(module).__name__} is not causal)")
+        if getattr(config, "sliding_window", None) and not _knows_windows(module):
+            raise refuse("has a sliding window in its configuration that its attention is not told of")
     if getattr(config, "alibi", False):
         raise refuse("adds ALiBi's bias to its attention")
+
+
+def _knows_windows(module: nn.Module) -> bool:
+    """Whether a module's attention is told of a window: by keyword, or in masks that its file makes."""
+    makers = ("create_sliding_window_causal_mask", "create_masks_for_generate")
+    own = sys.modules[type(module).__module__]
+    return "sliding_window" in interface_names(module) or any(hasattr(own, name) for name in makers)
 
 
 def _layers(model: PreTrainedModel, config: Any, modules: Modules) -> tuple[Layer, ...]:

@@ -18,9 +18,9 @@ from liquidfusion.compute import kernels
 from liquidfusion.compute.rotary import Rotary
 from liquidfusion.exceptions import CacheError, ConfigError, UnsupportedError
 from liquidfusion.geometry import Geometry, attention_configs, layer_devices
-from liquidfusion.hf.formats import fit, layer_formats, layer_spec, with_first
+from liquidfusion.hf.formats import fit, layer_formats, layers_kept, with_first
 from liquidfusion.hf.function import IMPLEMENTATION, REPLAYED
-from liquidfusion.hf.hook import Forward, Serves, install, switched
+from liquidfusion.hf.hook import Forward, Serves, install, refuse_training, switched
 from liquidfusion.hf.layers import Seen, States, cache_layers
 from liquidfusion.options import SHORT, Run, Strategy, chosen, resolve
 from liquidfusion.precision import Bits, bytes_of
@@ -142,12 +142,8 @@ class KVCache(Cache, Serves):
         self._relative_from = 0 if positions == "cache" else known
         self._model = weakref.ref(model)
         self._seen = Seen()
-        kept = {
-            i: (layer_spec(self.spec, geometry.layers[i].window), geometry.layers[i].kv_heads)
-            for i in geometry.attention_layers
-        }
-        for index, (spec, _) in kept.items():
-            formats[index] = with_first(formats[index], spec)
+        kept = layers_kept(self.spec, geometry)
+        formats = [with_first(held, kept[i][0]) if i in kept else held for i, held in enumerate(formats)]
         self._groups = Groups(kept, formats, threads)
         super().__init__(layers=cache_layers(model, geometry, self._groups, self._seen))
         self._states = States(self.layers)
@@ -239,8 +235,8 @@ class KVCache(Cache, Serves):
         for group in self._groups.all:
             group.reset()
         self._states.reset()
-        self._seen.columns, self._evicted_before, self._broken = 0, 0, None
-        self._seen.offsets = self._seen.right = ()
+        self._seen.reset()
+        self._evicted_before, self._broken = 0, None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to a file, so that `load` can go on where it is.
@@ -354,10 +350,7 @@ class KVCache(Cache, Serves):
             for group in self._groups.all:
                 group.reorder(beam_idx)
             self._states.reorder(beam_idx)
-            order = beam_idx.tolist()
-            for name in ("offsets", "right"):
-                kept = getattr(self._seen, name)
-                setattr(self._seen, name, tuple(kept[row] for row in order) if kept else kept)
+            self._seen.reorder(beam_idx.tolist())
 
     # What the hook asks
 
@@ -394,10 +387,7 @@ class KVCache(Cache, Serves):
         except BaseException as error:
             self._broken = f"{type(error).__name__}: {error}"
             raise
-        self._seen.columns += step.columns
-        self._seen.batch, self._seen.offsets = step.batch, step.offsets
-        if step.columns > 1:
-            self._seen.right = step.right
+        self._seen.add(step)
         return output
 
     def _eager(self, step: Step, inputs: dict[str, Any], forward: Forward) -> Any:
@@ -422,13 +412,10 @@ class KVCache(Cache, Serves):
 
     def _graph_for(self, step: Step) -> Graph | None:
         """What replays this call on the GPU: one real token per row, layers alike and on one device."""
-        if not self._seen.columns or not step.decodes or len(self._groups.all) > 1 or self._rotary is not None:
-            return None
-        if not self._geometry.plain:
+        alike = self._geometry.plain and len(self._groups.all) == 1 and self._rotary is None
+        if not self._seen.columns or not step.decodes or not alike or not self._groups.all[0].spec.bounded:
             return None
         group = self._groups.all[0]
-        if not group.spec.bounded:
-            return None
         if self._graph is None or self._graph.ledger is not group.ledger:
             where = group.devices
             if len(where) > 1 or not kernels.available(where.pop()):
@@ -470,8 +457,7 @@ class KVCache(Cache, Serves):
     def _state(self) -> session.State:
         if self._broken is not None:
             raise CacheError(f"an earlier call failed half-way ({self._broken}); its state cannot be kept")
-        first = next(iter(self._groups.places))
-        group, index = self._used(first)
+        group, index = self._used(next(iter(self._groups.places)))
         slots = group.slots[index]
         assert slots is not None
         made = {"made": str(slots.keys.made).removeprefix("torch."), "held": self._groups.held}
@@ -512,20 +498,3 @@ class KVCache(Cache, Serves):
         cache._seen.offsets = tuple(state.description.get("offsets", ()))
         cache._evicted_before = state.description["evictions"]
         return cache
-
-
-def refuse_training(inputs: Mapping[str, Any], model: PreTrainedModel) -> None:
-    """Refuse a call that asks for a loss to learn from, before any work.
-
-    Raises
-    ------
-    UnsupportedError
-        Gradients would flow through the cache, and stored tokens have none.
-    """
-    if inputs.get("labels") is None or not torch.is_grad_enabled():
-        return
-    if any(weight.requires_grad for weight in model.parameters()):
-        raise UnsupportedError(
-            "the call has labels and gradients are on: they do not flow through a KVCache; train without a cache "
-            "(use_cache=False), or compute the loss inside torch.no_grad()"
-        )

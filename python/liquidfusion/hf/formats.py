@@ -43,6 +43,12 @@ def layer_spec(spec: _core.Spec, window: int) -> _core.Spec:
     return _core.Spec("local", window)
 
 
+def layers_kept(spec: _core.Spec, geometry: Geometry) -> dict[int, tuple[_core.Spec, int]]:
+    """What each layer that has slots keeps, and for how many key/value heads."""
+    layers = geometry.layers
+    return {i: (layer_spec(spec, layers[i].window), layers[i].kv_heads) for i in geometry.attention_layers}
+
+
 def layer_formats(model: PreTrainedModel, geometry: Geometry, bits: Bits | None, rotary: Rotary | None) -> list[Format]:
     """How the slots of every layer hold keys and values: a function of the model and of what was asked for, alone.
 

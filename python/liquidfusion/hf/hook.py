@@ -269,3 +269,20 @@ def _by_name(original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
 @functools.cache
 def _signature(original: Any) -> inspect.Signature:
     return inspect.signature(original.forward)
+
+
+def refuse_training(inputs: Mapping[str, Any], model: PreTrainedModel) -> None:
+    """Refuse a call that asks for a loss to learn from, before any work.
+
+    Raises
+    ------
+    UnsupportedError
+        Gradients would flow through the cache, and stored tokens have none.
+    """
+    if inputs.get("labels") is None or not torch.is_grad_enabled():
+        return
+    if any(weight.requires_grad for weight in model.parameters()):
+        raise UnsupportedError(
+            "the call has labels and gradients are on: they do not flow through a KVCache; train without a cache "
+            "(use_cache=False), or compute the loss inside torch.no_grad()"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 from liquidfusion.exceptions import CacheError, UnsupportedError
 from liquidfusion.geometry import Geometry, Kind
 from liquidfusion.run.backend import running
+from liquidfusion.run.step import Step
 from liquidfusion.state.group import Groups
 
 
@@ -33,6 +34,22 @@ class Seen:
     batch: int = 0
     offsets: tuple[int, ...] = ()
     right: tuple[bool, ...] = ()
+
+    def add(self, step: Step) -> None:
+        """Count a call that has run."""
+        self.columns += step.columns
+        self.batch, self.offsets = step.batch, step.offsets
+        if step.columns > 1:
+            self.right = step.right
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Replace row `i` by row `rows[i]`."""
+        self.offsets = tuple(self.offsets[row] for row in rows) if self.offsets else ()
+        self.right = tuple(self.right[row] for row in rows) if self.right else ()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.columns, self.offsets, self.right = 0, (), ()
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]

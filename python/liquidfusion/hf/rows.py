@@ -15,6 +15,7 @@ from liquidfusion.compute import kernels
 from liquidfusion.exceptions import CacheError, ConfigError, UnsupportedError
 from liquidfusion.geometry import layer_devices
 from liquidfusion.hf.cache import KVCache
+from liquidfusion.hf.function import IMPLEMENTATION, REPLAYED
 from liquidfusion.hf.hook import Forward, cache_keyword, switched
 from liquidfusion.options import Strategy
 from liquidfusion.run.backend import Backend, attending
@@ -241,7 +242,8 @@ class RowCache(KVCache):
                 self._compiled = torch.compile(forward, dynamic=False)
             forward = self._compiled
         eager = torch.compiler.set_stance("force_eager") if isinstance(backend, Eager) else nullcontext()
-        with switched(self._configs), attending(backend), eager:
+        implementation = REPLAYED if isinstance(backend, DecodeStep) else IMPLEMENTATION
+        with switched(self._configs, implementation), attending(backend), eager:
             return forward(**inputs)
 
     def _graph_of(self) -> RowGraph | None:

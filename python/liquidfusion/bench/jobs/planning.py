@@ -143,8 +143,11 @@ def read_config(name: str) -> PreTrainedConfig:
 def full_row_bytes(geometry: Geometry, context: int, element: int) -> int:
     """Return the bytes of one row of transformers' own cache; layers with a sliding window keep no more than that."""
     return sum(
-        layer.kv_heads * (layer.key_dim + layer.value_dim) * element * min(context, layer.window or context)
-        for layer in geometry.layers
+        layer.kv_heads
+        * (layer.key_dim + (0 if layer.latent else layer.value_dim))
+        * element
+        * min(context, layer.window or context)
+        for layer in map(geometry.layers.__getitem__, geometry.attention_layers)
     )
 
 
@@ -154,10 +157,10 @@ def bounded_row_bytes(geometry: Geometry, spec: _core.Spec, bits: Bits | None, c
     Layers whose keys few bits would spoil are found by running the model; here they count like the others.
     """
     total = 0
-    for layer in geometry.layers:
+    for layer in map(geometry.layers.__getitem__, geometry.attention_layers):
         own = layer_spec(spec, layer.window)
         keys, values = (None, None) if bits is None else (bits.keys, bits.values)
-        held = Format(_held(keys, layer.key_dim), _held(values, layer.value_dim))
+        held = Format(_held(keys, layer.key_dim), _held(values, layer.value_dim), layer.latent)
         total += (context if own.budget is None else own.budget) * slot_bytes(layer, held, own, element)
     return total
 
