@@ -769,8 +769,9 @@ def test_a_fresh_ledger_costs_little(half_life):
     assert best < 1e-3
 
 
-def test_rows_catch_up_as_by_calls_of_one_token():
-    (core, positions, mass, _), (other, other_positions, other_mass, _) = filled(), filled()
+@pytest.mark.parametrize("seen", [3, SLOTS + 10])
+def test_rows_catch_up_as_by_calls_of_one_token(seen):
+    (core, positions, mass, _), (other, other_positions, other_mass, _) = filled(steps=seen), filled(steps=seen)
     steps = {0: 1, 2: 0}
     lengths = other.queue_lengths()
     steps[0] = lengths[0] - 3  # an interval of 2 must be left, and one more
