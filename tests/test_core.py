@@ -325,7 +325,7 @@ def test_threads_do_not_change_decisions(monkeypatch):
     results = []
     for threads in (1, 2, 5):
         bound = tensors((8, 4, 4, 600))
-        core = _core.Ledger(_core.Spec("liquid_fusion", 600, distinct_ratio=0.0), *bound, threads=threads)
+        core = _core.Ledger(_core.Spec("liquid_fusion", 600), *bound, threads=threads)
         out = torch.empty(8, 4, 4, dtype=torch.int64)
         generator = torch.Generator().manual_seed(0)
         for _ in range(700):
@@ -769,8 +769,9 @@ def test_a_fresh_ledger_costs_little(half_life):
     assert best < 1e-3
 
 
-def test_rows_catch_up_as_by_calls_of_one_token():
-    (core, positions, mass, _), (other, other_positions, other_mass, _) = (filled(steps=SLOTS + 10) for _ in range(2))
+@pytest.mark.parametrize("seen", [3, SLOTS + 10])
+def test_rows_catch_up_as_by_calls_of_one_token(seen):
+    (core, positions, mass, _), (other, other_positions, other_mass, _) = filled(steps=seen), filled(steps=seen)
     steps = {0: 1, 2: 0}
     lengths = other.queue_lengths()
     steps[0] = lengths[0] - 3  # an interval of 2 must be left, and one more

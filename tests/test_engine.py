@@ -395,3 +395,34 @@ def test_generate_batch_inside_use(model: PreTrainedModel) -> None:
         with pytest.raises(ConfigError, match="num_beams=2"):
             model.generate_batch(prompts, GenerationConfig(num_beams=2))
     assert "liquidfusion" not in model.generate_batch.__module__
+
+
+@pytest.mark.parametrize("method", ["read", "decode", "copy_row", "load_row", "release"])
+def test_wherever_a_step_fails_everyone_hears_and_the_engine_goes_on(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    prompt, sampling = prompt_of(20, 1), Sampling(max_tokens=5)
+    with Engine(model, rows=3, budget=24, chunk=CHUNK) as engine:
+        (kept_one,) = engine.submit(prompt[:-1], Sampling(max_tokens=1), keep=True)
+        ids_of(kept_one)
+        cache, failures = engine._own, [RuntimeError("out of luck")]
+        own = getattr(cache, method)
+
+        def failing(*arguments: Any) -> Any:
+            if failures:
+                raise failures.pop()
+            return own(*arguments)
+
+        monkeypatch.setattr(cache, method, failing)
+        with engine._wake:  # it waits
+            requests = engine.submit(prompt, sampling, n=2)
+            requests += engine.submit(prompt, sampling, resume=kept_one.state)
+            requests += engine.submit(prompt, sampling)
+        answers = [ids_of(request) for request in requests]
+        assert not failures
+        assert {request.finish_reason for request in requests[:3]} <= {"error", "length"}
+        assert "error" in {request.finish_reason for request in requests}
+        assert engine.healthy
+        assert ids_of(engine.submit(prompt, sampling)[0]) == Alone(model, CHUNK, sampling, 0, budget=24).run(prompt)
+        assert engine.drain(30)
+    assert all(len(ids) <= 5 for ids in answers)

@@ -89,6 +89,12 @@ class Machine(RuleBasedStateMachine):
         if target is not None:
             self.decoding[target] = self.decoding.pop(row)
 
+    @rule(waiting=st.booleans())
+    def clear(self, waiting: bool) -> None:
+        self.scheduler.clear(waiting)
+        self.reading, self.decoding = {}, {}
+        self.waiting = [] if waiting else self.waiting
+
     @precondition(lambda self: self.tickets)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:

@@ -213,6 +213,14 @@ class Scheduler:
         job.rows.remove(row)
         heapq.heappush(self._free, row)
 
+    def clear(self, waiting: bool) -> None:
+        """Forget all requests that have rows, and those that wait if `waiting`."""
+        for job in (*self._reading, *self._decoding.values()):
+            self._release(job)
+        self._reading.clear()
+        if waiting:
+            self._waiting.clear()
+
     def cancel(self, ticket: int) -> tuple[int, ...]:
         """Forget a request, wherever it is; the rows that it had, which are free now."""
         for jobs in (self._waiting, self._reading):
@@ -224,11 +232,10 @@ class Scheduler:
         return () if job is None else self._release(job)
 
     def _release(self, job: _Job) -> tuple[int, ...]:
-        rows = tuple(job.rows)
+        rows, job.rows = tuple(job.rows), []
         for row in rows:
             self._decoding.pop(row, None)
             heapq.heappush(self._free, row)
-        job.rows.clear()
         return rows
 
     def _pieces(self, most: int) -> Iterator[Piece]:

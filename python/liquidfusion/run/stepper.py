@@ -99,12 +99,13 @@ class _Answer:
 
 @dataclass
 class _Work:
-    """The requests of one prompt, until it is read; `answers` have their rows once it has joined."""
+    """The requests of one prompt, until it is read; once it has `joined`, its `answers` have their rows."""
 
-    requests: list[Request]
+    requests: tuple[Request, ...]
     seed: int
     state: RowState | None
     digests: tuple[int, ...]
+    joined: bool = False
     started: bool = False
     answers: list[_Answer] = field(default_factory=list)
 
@@ -194,19 +195,15 @@ class Stepper:
         digests = self._prefixes.digests(ids) if resume is None else ()
         with self._lock:
             self._scheduler.submit(self._tickets, len(ids), n)
-            self._works[self._tickets] = _Work(requests, seed, resume, digests)
+            self._works[self._tickets] = _Work(tuple(requests), seed, resume, digests)
             self._tickets += 1
         return requests
 
     def _check(self, ids: tuple[int, ...], sampling: Sampling, resume: RowState | None) -> None:
         known = self._rows.vocabulary
         for tokens in (ids, sampling.logit_bias):
-            wrong = (
-                next((token for token in (min(tokens), max(tokens)) if not 0 <= token < known), None)
-                if tokens
-                else None
-            )
-            if wrong is not None:
+            if tokens and (min(tokens) < 0 or max(tokens) >= known):
+                wrong = next(token for token in tokens if not 0 <= token < known)
                 raise ConfigError(f"token id {wrong}; 0 to {known - 1}, the model's vocabulary, are accepted")
         if self._positions is not None and len(ids) > self._positions:
             raise ConfigError(f"a prompt of {len(ids)} tokens; the model has {self._positions} positions")
@@ -242,6 +239,8 @@ class Stepper:
         self._drop_cancelled()
         with self._lock:
             joined = [(rows, ticket, self._works[ticket]) for ticket, rows in self._scheduler.join()]
+            for *_, work in joined:
+                work.joined = True
         for rows, ticket, work in joined:
             self._join(rows, ticket, work)
         self._share()
@@ -262,13 +261,10 @@ class Stepper:
         """End the requests that have rows, or everyone, with an error, and empty the rows."""
         waiters = Waiters()
         with self._lock:
-            lost = [ticket for ticket, work in self._works.items() if work.answers or everyone]
+            lost = [ticket for ticket, work in self._works.items() if work.joined or everyone]
             requests = [request for ticket in lost for request in self._works.pop(ticket).requests]
             requests += [answer.request for answer in self._answering.values()]
-            for ticket in lost:
-                self._scheduler.cancel(ticket)
-            for row in self._answering:
-                self._scheduler.finish(row)
+            self._scheduler.clear(everyone)
             self._answering.clear()
             self._flights.clear()
         for request in requests:
@@ -349,12 +345,12 @@ class Stepper:
             self._prefixes.put(work.digests, self._rows.save_row(piece.row, work.prompt[: piece.stop]))
         if not piece.last:
             return
-        with self._lock:
-            del self._works[piece.ticket]
         for answer in work.answers:
             self._answering[answer.row] = answer
             if answer.row != piece.row and answer.request.finish_reason is None:
                 self._rows.copy_row(piece.row, answer.row)
+        with self._lock:
+            del self._works[piece.ticket]
         wanted = [answer for answer in work.answers if answer.request.finish_reason is None]
         for answer in work.answers:
             if answer not in wanted:
