@@ -161,7 +161,7 @@ def layer_devices(model: PreTrainedModel) -> list[torch.device]:
     for module in model.modules():
         # Quantised layers may keep everything in buffers.
         weight = next(chain(module.parameters(), module.buffers()), None)
-        index = getattr(module, "layer_idx", None)
+        index: Any = getattr(module, "layer_idx", None)
         known = isinstance(index, int) and 0 <= index < len(devices) and _is_decoder(module, config)
         if known and weight is not None and weight.device.type != "meta":
             devices[index] = weight.device
@@ -187,7 +187,7 @@ class Modules:
         anywhere: list[nn.Module] = []
         last = -1
         for module in model.modules():
-            index = getattr(module, "layer_idx", None)
+            index: Any = getattr(module, "layer_idx", None)
             numbered = isinstance(index, int) and index >= 0
             if not (numbered or interface_names(module)) or not _is_decoder(module, config):
                 continue

@@ -83,7 +83,7 @@ def attention_function(
     with torch.no_grad():
         output = attend(module, backend, query.detach(), key.detach(), value.detach(), how).transpose(1, 2).contiguous()
     if query.requires_grad or key.requires_grad or value.requires_grad:
-        output = _Sealed.apply(output, query, key, value)  # type: ignore[no-untyped-call]
+        output = _Sealed.apply(output, query, key, value)
     return output, None
 
 
@@ -147,7 +147,7 @@ def mask_function(
     if not rest or q_length == 1:  # a token alone has no others in its call
         return None
     others |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    dense = sdpa_mask(
+    dense: Any = sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask=attention_mask, **others
     )
     if pattern is None:

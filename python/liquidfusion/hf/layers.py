@@ -149,7 +149,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         raise UnsupportedError(f"batch_select_indices({shown}): a KVCache keeps its batch size")
 
 
-class StateSlotLayer(LinearAttentionLayer, SlotLayer):  # type: ignore[misc]
+class StateSlotLayer(LinearAttentionLayer, SlotLayer):  # type: ignore[no-untyped-call]
     """One layer that attends and keeps a recurrent or convolution state as well: the state is transformers' own.
 
     Parameters
@@ -201,7 +201,7 @@ def cache_layers(model: PreTrainedModel, geometry: Geometry, groups: Groups, see
     UnsupportedError
         A layer keeps a state in a way of its own.
     """
-    theirs = DynamicCache(config=model.config).layers if any(layer.state for layer in geometry.layers) else []
+    theirs: list[Any] = DynamicCache(config=model.config).layers if any(layer.state for layer in geometry.layers) else []
     layers: list[Any] = []
     for index, layer in enumerate(geometry.layers):
         if not layer.state:

@@ -152,8 +152,8 @@ def loads(documents: Sequence[dict[str, Any]]) -> list[Section]:
     names = [
         name for name in dict.fromkeys(n for facts in told for n in facts) if len({str(f.get(name)) for f in told}) > 1
     ]
-    figures = ("requests_per_second", "tokens_per_second", "time_to_first_token_p50", "time_to_first_token_p99")
-    figures += ("between_tokens_p50", "between_tokens_p99", "refused", "failed")
+    figures = ["requests_per_second", "tokens_per_second", "time_to_first_token_p50", "time_to_first_token_p99"]
+    figures += ["between_tokens_p50", "between_tokens_p99", "refused", "failed"]
     body = []
     for document, facts in zip(documents, told, strict=True):
         label = ", ".join([str(facts["model"]), *(f"{n} {facts[n]}" for n in names if n in facts and n != "model")])
