@@ -12,9 +12,9 @@ same requests, its memory full: weights and all contexts over the card's bandwid
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -122,40 +122,38 @@ class Bench:
                     pass
                 states.append(request.state)
             self.say("bytes of a row", engine.row_nbytes)
-            end = [0.0]
             firsts: list[float] = []
             gaps: list[float] = []
-            lock = threading.Lock()
+            end = time.perf_counter() + args.seconds
 
-            def client(number: int) -> None:
+            async def client(number: int) -> None:
                 turn = number
                 left = 1 + args.new * (number + 1) // rows  # in the beginning, phases spread evenly
-                while time.perf_counter() < end[0]:
+                while time.perf_counter() < end:
                     state = states[turn % len(states)]
                     turn += 1
-                    asked = last = time.perf_counter()
+                    last = time.perf_counter()
                     sampling = Sampling(max_tokens=left, temperature=0.8, top_p=0.95)
                     (request,) = engine.submit([*state.tokens, 1 + number], sampling, resume=state)
                     own: list[float] = []
-                    for _ in request:
+                    async for _ in request:
                         now = time.perf_counter()
                         own.append(now - last)
                         last = now
                     left = args.new
-                    with lock:
-                        firsts.append(last - asked if len(own) == 1 else own[0])
-                        gaps.extend(own[1:])
+                    firsts.append(own[0])
+                    gaps.extend(own[1:])
 
-            end[0] = time.perf_counter() + args.seconds
-            threads = [threading.Thread(target=client, args=(number,)) for number in range(rows)]
-            for thread in threads:
-                thread.start()
-            time.sleep(args.seconds / 6)
-            start, before = time.perf_counter(), engine.stats().tokens
-            time.sleep(max(0.0, end[0] - start))
-            tokens = (engine.stats().tokens - before) / (time.perf_counter() - start)
-            for thread in threads:
-                thread.join()
+            async def load() -> float:
+                clients = [asyncio.create_task(client(number)) for number in range(rows)]
+                await asyncio.sleep(args.seconds / 6)
+                start, before = time.perf_counter(), engine.stats().tokens
+                await asyncio.sleep(max(0.0, end - start))
+                rate = (engine.stats().tokens - before) / (time.perf_counter() - start)
+                await asyncio.gather(*clients)
+                return rate
+
+            tokens = asyncio.run(load())
         self.say(f"engine of {rows} rows, steady", tokens, "tokens/s")
         if f"static batch of {rows}" in self.results:
             self.say("engine ÷ static batch", tokens / self.results[f"static batch of {rows}"])
@@ -200,26 +198,34 @@ class Bench:
     def run_beside(self) -> None:
         """What others wait for while a long prompt is read."""
         long = self.prompt(32 * self.args.context, 9)
-        for others in (8, self.args.rows - 1):
-            with self.engine(self.args.rows) as engine:
-                gaps: list[tuple[float, float]] = []
+        for others in sorted({min(8, self.args.rows - 1), self.args.rows - 1}):
+            gaps: list[tuple[float, float]] = []
 
-                def client(seed: int, engine: lf.Engine = engine, gaps: list[tuple[float, float]] = gaps) -> None:
-                    gaps.extend((time.perf_counter(), gap) for gap in self.gaps(engine, 100_000, seed))
+            async def client(request: Any, gaps: list[tuple[float, float]] = gaps) -> None:
+                last = None
+                async for _ in request:
+                    now = time.perf_counter()
+                    if last is not None:
+                        gaps.append((now, now - last))
+                    last = now
 
-                threads = [threading.Thread(target=client, args=(seed,), daemon=True) for seed in range(others)]
-                for thread in threads:
-                    thread.start()
-                while engine.stats().tokens < 40 * others:
-                    time.sleep(0.05)
+            async def read(others: int = others, gaps: list[tuple[float, float]] = gaps) -> tuple[float, float]:
+                forever = Sampling(max_tokens=100_000)
+                requests = [engine.submit(self.prompt(32, seed), forever)[0] for seed in range(others)]
+                clients = [asyncio.create_task(client(request)) for request in requests]
+                while len(gaps) < 40 * others:
+                    await asyncio.sleep(0.05)
                 start = time.perf_counter()
-                (request,) = engine.submit(long, Sampling(max_tokens=1))
-                for _ in request:
+                async for _ in engine.submit(long, Sampling(max_tokens=1))[0]:
                     pass
                 end = time.perf_counter()
-                engine.close()
-                for thread in threads:
-                    thread.join()
+                for request in requests:
+                    request.cancel()
+                await asyncio.gather(*clients)
+                return start, end
+
+            with self.engine(self.args.rows) as engine:
+                start, end = asyncio.run(read())
             quiet = statistics.median(gap for when, gap in gaps if when < start)
             during = [gap for when, gap in gaps if start < when < end]
             self.say(f"{others} rows, between tokens", 1e3 * quiet, "ms")
