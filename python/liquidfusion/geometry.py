@@ -71,7 +71,8 @@ class Geometry:
 
     `architecture`: the class. `layers`: of the decoder, in order. `vocabulary`: tokens. `positions`: the
     `max_position_embeddings` the model knows, 0 if it says none. `softcap`: of the attention logits, 0 for none.
-    `dtype`: of the weights. `processes`: that share the heads, with tensor parallelism.
+    `dtype`: of the weights. `processes`: that share the heads, with tensor parallelism. `carries`: whether recurrent
+    states go on in a call of several tokens.
     """
 
     architecture: str
@@ -81,6 +82,7 @@ class Geometry:
     softcap: float
     dtype: str
     processes: int = 1
+    carries: bool = True
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Geometry:
@@ -106,6 +108,7 @@ class Geometry:
             softcap=float(getattr(config, "attn_logit_softcapping", 0) or 0),
             dtype=str(model.dtype).removeprefix("torch."),
             processes=int(getattr(model, "_tp_size", None) or 1),
+            carries=getattr(config, "model_type", "") not in _FORGETFUL,
         )
 
     @property
@@ -268,8 +271,13 @@ _WAYS_OF_THEIR_OWN = {
     "doge": "adds a learnt term to its attention mask that depends on every stored value",
     "diffllama": "attends twice per layer, to two halves of the values",
     "dory": "runs some of its layers several times over a text, each time with other keys",
+    "recurrent_gemma": "keeps its recurrent state inside its own layers, where no cache reaches it",
+    "minimax": "takes no cache but one of a class of its own",
     "mllama_text_model": "has cross-attention layers that attend to an image",
 }
+
+# Models whose recurrent layers begin anew in every call of more than one token, by their configuration's model_type.
+_FORGETFUL = frozenset({"jamba", "zamba"})
 
 # Models whose generate calls that of a model inside them, by their configuration's model_type: its name.
 _GENERATING = {"kosmos-2": "text_model"}

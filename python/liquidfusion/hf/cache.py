@@ -375,8 +375,7 @@ class KVCache(Cache, Serves):
             raise CacheError(f"an earlier call failed half-way ({self._broken}); call reset() or build a new KVCache")
         refuse_training(inputs, self.model)
         step = Step.of(inputs, self._past())
-        if not self._seen.columns:
-            self._states.expect(step.batch)
+        self._states.expect(step, self._seen.columns, self._geometry)
         graph = self._graph_for(step)
         try:
             with switched(self._configs, IMPLEMENTATION if graph is None else REPLAYED):

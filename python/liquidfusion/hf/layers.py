@@ -251,9 +251,20 @@ class States:
         for layer in self._layers.values():
             LinearAttentionLayer.reset(layer)
 
-    def expect(self, rows: int) -> None:
-        """Forget memory that was made for another number of batch rows, before a prompt."""
-        if any(state.shape[0] != rows for state in self.tensors().values()):
+    def expect(self, step: Step, columns: int, geometry: Geometry) -> None:
+        """Get ready for a call after `columns` others; before a prompt, forget memory made for other batch rows.
+
+        Raises
+        ------
+        UnsupportedError
+            The model's own code would begin its states anew.
+        """
+        if columns and step.columns > 1 and not geometry.carries:
+            raise UnsupportedError(
+                f"{geometry.architecture} begins its recurrent states anew in a call of {step.columns} columns: give a "
+                "prompt in one call, and later tokens one by one"
+            )
+        if not columns and any(state.shape[0] != step.batch for state in self.tensors().values()):
             for layer in self._layers.values():
                 LinearAttentionLayer.__init__(layer, number_of_states=layer.number_of_states)
 
