@@ -19,9 +19,11 @@ fn arch() -> Arch {
     if tests::SCALAR.get() {
         return Arch::Scalar;
     }
-    *ARCH.get_or_init(|| {
-        let scalar = std::env::var(VARIABLE).is_ok_and(|cap| cap == "scalar");
-        if scalar { Arch::Scalar } else { Arch::new() }
+    *ARCH.get_or_init(|| match (&*std::env::var(VARIABLE).unwrap_or_default(), Arch::new()) {
+        ("scalar", _) => Arch::Scalar,
+        #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
+        ("avx2", Arch::V4(simd)) => Arch::V3(*simd),
+        (_, widest) => widest,
     })
 }
 
@@ -41,6 +43,8 @@ pub fn check() -> Result<()> {
 #[must_use]
 pub fn name() -> &'static str {
     match arch() {
+        #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
+        Arch::V4(_) => "avx512",
         #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
         Arch::V3(_) => "avx2",
         #[cfg(target_arch = "aarch64")]
@@ -123,32 +127,34 @@ impl<W: Work> WithSimd for With<W> {
 pub(crate) fn dispatch<W: Work>(work: W) -> W::Output {
     match arch() {
         #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
-        Arch::V3(simd) => simd.vectorize(avx2::With(work, simd)),
+        Arch::V4(simd) => simd.vectorize(avx2::With(work, simd, *simd)),
+        #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
+        Arch::V3(simd) => simd.vectorize(avx2::With(work, simd, simd)),
         other => other.dispatch(With(work)),
     }
 }
 
 #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
 mod avx2 {
-    //! x86 with AVX2.
+    //! x86 with AVX2, or more.
 
-    use pulp::{NullaryFnOnce, x86::V3};
+    use pulp::{NullaryFnOnce, Simd, x86::V3};
 
     use super::{Lanes, Work, pack_from};
 
-    pub(super) struct With<W>(pub(super) W, pub(super) V3);
+    pub(super) struct With<W, S>(pub(super) W, pub(super) S, pub(super) V3);
 
-    impl<W: Work> NullaryFnOnce for With<W> {
+    impl<W: Work, S: Simd> NullaryFnOnce for With<W, S> {
         type Output = W::Output;
 
         #[inline(always)]
         fn call(self) -> W::Output {
-            self.0.run(Avx2(self.1))
+            self.0.run(Avx2(self.1, self.2))
         }
     }
 
     #[derive(Clone, Copy)]
-    struct Avx2(V3);
+    struct Avx2<S>(S, V3);
 
     /// For every set of eight lanes the lanes that are in it, a byte each, first ones lowest.
     static MEMBERS: [i64; 256] = {
@@ -168,17 +174,17 @@ mod avx2 {
         table
     };
 
-    impl Lanes for Avx2 {
-        type Simd = V3;
+    impl<S: Simd> Lanes for Avx2<S> {
+        type Simd = S;
 
         #[inline(always)]
-        fn simd(self) -> V3 {
+        fn simd(self) -> S {
             self.0
         }
 
         #[inline(always)]
         fn pack<const N: usize>(self, keys: &[i32], bound: i32, from: [&[i32]; N], to: [&mut [i32]; N]) -> usize {
-            let V3 { avx, avx2, .. } = self.0;
+            let V3 { avx, avx2, .. } = self.1;
             let (from, mut to) = (from.map(|list| &list[..keys.len()]), to.map(|list| &mut list[..keys.len()]));
             let whole = keys.len() / 8;
             let eights = from.map(|list| &list.as_chunks::<8>().0[..whole]);

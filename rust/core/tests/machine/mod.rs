@@ -280,6 +280,12 @@ impl Machine {
         ledger.copy_row(&mut tensors, source as i64, target as i64).unwrap();
         let rows: Vec<usize> = (0..self.shape.rows).map(|row| if row == target { source } else { row }).collect();
         self.take_rows(&rows);
+        for head in (0..self.heads.len()).filter(|&head| self.spec.strategy().scored && self.row(head) == target) {
+            let of = |head: usize| head * self.shape.slots..(head + 1) * self.shape.slots;
+            let (to, from) = (of(head), of(self.other(head, source)));
+            assert_eq!(self.mass[to.clone()], self.mass[from.clone()]);
+            assert_eq!(self.peak[to], self.peak[from]);
+        }
     }
 
     fn release(&mut self, choices: &mut Choices<'_>) {
@@ -289,6 +295,9 @@ impl Machine {
         for (head, fresh) in Self::fresh(&self.spec, self.shape).into_iter().enumerate() {
             if self.row(head) == row {
                 self.heads[head] = fresh;
+                let here = head * self.shape.slots..(head + 1) * self.shape.slots;
+                let scored = self.spec.strategy().scored;
+                assert!(!scored || self.mass[here.clone()].iter().chain(&self.peak[here]).all(|&score| score == 0.0));
             }
         }
     }
