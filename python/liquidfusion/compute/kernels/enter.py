@@ -52,7 +52,7 @@ def _store_vector(
         at = (r // ROWS * (WIDTH // (LOW * PARTS)) + r % ROWS) * LOW + i
         if CENTRED:
             y -= tl.load(mean + at, mask=there, other=0.0)
-        if target < FIRST:
+        if FIRST > 0 and target < FIRST:
             tl.store(first + (pair * FIRST + target) * WIDTH + at, y.to(first.dtype.element_ty), mask=there)
         y = tl.where(there, y, 0.0)
         norm = tl.sqrt_rn(tl.sum(tl.sum(y * y, 1), 0))
