@@ -41,6 +41,7 @@ def test_refused_before_any_work(name: str) -> None:
     assert outcome["status"] == REFUSED, outcome
 
 
+@pytest.mark.skipif(not RECORD.exists(), reason="`make classes` has written no table yet")
 def test_nothing_on_record_is_wrong() -> None:
     """The table of the documentation: no class that answers wrongly, crashes, or is refused only half-way."""
     statuses = {outcome["status"] for outcome in json.loads(RECORD.read_text()).values()}

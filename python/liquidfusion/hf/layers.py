@@ -201,7 +201,9 @@ def cache_layers(model: PreTrainedModel, geometry: Geometry, groups: Groups, see
     UnsupportedError
         A layer keeps a state in a way of its own.
     """
-    theirs: list[Any] = DynamicCache(config=model.config).layers if any(layer.state for layer in geometry.layers) else []
+    theirs: list[Any] = (
+        DynamicCache(config=model.config).layers if any(layer.state for layer in geometry.layers) else []
+    )
     layers: list[Any] = []
     for index, layer in enumerate(geometry.layers):
         if not layer.state:

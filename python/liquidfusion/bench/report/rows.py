@@ -190,7 +190,11 @@ def read(directory: Path) -> Found:
             found.skipped[str(path.relative_to(directory))] = str(error.strerror)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, ZeroDivisionError):
             found.skipped[str(path.relative_to(directory))] = "not a result"
-    of_commands: dict[str, Any] = {"speeds": list(speeds.values()), "streams": list(streams.values()), "loads": list(loads.values())}
+    of_commands: dict[str, Any] = {
+        "speeds": list(speeds.values()),
+        "streams": list(streams.values()),
+        "loads": list(loads.values()),
+    }
     found = replace(found, rows=together(singles), **of_commands)
     if not (found.rows or any(of_commands.values())):
         raise ConfigError(
