@@ -419,13 +419,6 @@ UNSUPPORTED = {
             decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32,
         )
     ),
-    "DeepseekV3": lambda: transformers.DeepseekV3ForCausalLM(
-        transformers.DeepseekV3Config(
-            **SMALL, num_hidden_layers=1, num_key_value_heads=4, intermediate_size=32, moe_intermediate_size=16,
-            n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, kv_lora_rank=8, q_lora_rank=8,
-            qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
-        )
-    ),
     "Mamba": lambda: transformers.MambaForCausalLM(
         transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)
     ),
