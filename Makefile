@@ -133,8 +133,8 @@ classes: setup ## Every language model class of transformers, small, with a KVCa
 	$(BIN)/python tests/classes/table.py $(CLASSES_ARGS)
 
 .PHONY: examples
-examples: setup ## Run every example, shortened
-	for example in examples/*.py; do echo "== $$example"; $(BIN)/python $$example --quick; done
+examples: setup ## Run every example that needs no server, shortened
+	for example in $(filter-out examples/openai_%,$(wildcard examples/*.py)); do echo "== $$example"; $(BIN)/python $$example --quick; done
 
 .PHONY: bench-rust
 bench-rust: ## Criterion benchmarks of the Rust core

@@ -325,7 +325,7 @@ def test_threads_do_not_change_decisions(monkeypatch):
     results = []
     for threads in (1, 2, 5):
         bound = tensors((8, 4, 4, 600))
-        core = _core.Ledger(_core.Spec("liquid_fusion", 600), *bound, threads=threads)
+        core = _core.Ledger(_core.Spec("liquid_fusion", 600, distinct_ratio=0.0), *bound, threads=threads)
         out = torch.empty(8, 4, 4, dtype=torch.int64)
         generator = torch.Generator().manual_seed(0)
         for _ in range(700):

@@ -15,7 +15,7 @@ from transformers.models.llama import modeling_llama
 
 import liquidfusion as lf
 from liquidfusion.compute import softmax
-from tiny import ALL_MODELS, VOCABULARY, cache_keyword, clear_steps, feed, padded, prompt_then_greedy, tiny
+from tiny import ALL_MODELS, VOCABULARY, cache_keyword, cached, clear_steps, feed, padded, prompt_then_greedy, tiny
 
 LIMIT = 128
 ROPES: dict[str, dict[str, Any]] = {
@@ -148,7 +148,8 @@ def test_auto_is_absolute_up_to_the_limit_and_relative_past_it(
     """Up to the model's last position as `absolute`; afterwards keys stand at their ranks. Each row for itself."""
     model = llama("default")
     ids, mask = padded((60, 20))
-    kvs = [lf.KVCache(model, strategy, 24, positions=positions) for positions in ("auto", "absolute")]
+    # How distinct keys are is told of keys as they are stored, which are not rotated under `auto`.
+    kvs = [cached(model, strategy, 24, positions=where, distinct_ratio=0.0) for where in ("auto", "absolute")]
     for kv in kvs:
         attended.clear()
         logits = [step.clone() for step, _ in prompt_then_greedy(model, kv, ids, mask, (60,), 100)]
