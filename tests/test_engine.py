@@ -74,6 +74,7 @@ def mixed_sampling(dice: random.Random) -> Sampling:
     )
 
 
+@pytest.mark.filterwarnings("ignore:bits=4 costs")  # random weights forgive little
 @pytest.mark.parametrize(
     ("strategy", "bits"),
     [*((name, None) for name in STRATEGIES), *itertools.product(("liquid_fusion", "streaming"), (16, 4))],
