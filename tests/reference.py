@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 PEAK_DECAY = 0.9995
+SMALLEST = 1e-35
+"""Scores below it are not numbers that float32 tells apart."""
 
 
 @dataclass(frozen=True)
@@ -320,7 +322,8 @@ class Twin:
             if 0 < count < len(ranked):
                 last, next_ = score(ranked[count - 1]), score(ranked[count])
                 if last != next_ and not self.rules.drawn:
-                    margin = (last - next_) / (abs(last) or abs(next_))
+                    largest = max(abs(last), abs(next_))
+                    margin = (last - next_) / largest if largest > SMALLEST else 0.0
             chosen.update(ranked[:count])
             left = sorted(ranked[count:])
             return margin
@@ -366,7 +369,15 @@ class Twin:
         return mass / _weight_of(could_look, self.rules.gamma) / 2.0**age
 
 
-def attention(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Dense attention of one kv head's group over the visible tokens, float64.
 
     Parameters
@@ -379,6 +390,10 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scal
         bool ``[queries, tokens]``.
     scale : float
         Factor on the dot products.
+    softcap : float
+        Logits stay between minus this and this; 0: wherever they are.
+    sinks : Tensor or None
+        ``[group]``: logits of no token, which take their part of the attention.
 
     Returns
     -------
@@ -387,6 +402,10 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scal
         ``[group, queries, tokens]``.
     """
     logits = query.double() @ keys.double().T * scale
+    if softcap:
+        logits = torch.tanh(logits / softcap) * softcap
     logits = logits.masked_fill(~visible, -math.inf)
-    probabilities = torch.softmax(logits, dim=-1).nan_to_num(0.0)
+    if sinks is not None:
+        logits = torch.cat((logits, sinks.double()[:, None, None].expand(-1, logits.shape[1], 1)), -1)
+    probabilities = torch.softmax(logits, dim=-1).nan_to_num(0.0)[..., : keys.shape[0]]
     return probabilities @ values.double(), probabilities

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from drive import Call, Drive
+from drive import Call, Drive, key
 from liquidfusion import _core
 from reference import STRATEGIES, Rules
 
@@ -48,8 +48,8 @@ def of_rules(shared: ModuleType, rules: Rules, scored: bool) -> Any:
     """The specification's parameters for a twin's rules."""
     return shared.Spec(
         budget=rules.budget, sink_size=rules.sink_size, heavy_ratio=rules.heavy, recent_ratio=rules.recent,
-        peak_ratio=rules.peak_ratio, mass_decay=rules.gamma, peak_decay=rules.pi, interval=rules.interval,
-        scored=scored,
+        distinct_ratio=rules.distinct_ratio, peak_ratio=rules.peak_ratio, mass_decay=rules.gamma,
+        peak_decay=rules.pi, interval=rules.interval, scored=scored,
     )  # fmt: skip
 
 
@@ -80,6 +80,7 @@ def test_twin_and_product_agree_with_it(shared: ModuleType, strategy: str, inter
     )
     head = shared.Head(of_rules(shared, rules, scored=rules.heavy > 0))
     one = Drive(spec, rules, layers=1, batch=1, kv_heads=1, group=1, seed=0)
+    head.keys = lambda positions: [key(0, 0, 0, position) for position in positions]
     asked = attention(11)
     one.draw = lambda _rng, visible, queries, _group: np.asarray([asked(visible, queries)], np.float32)
     for new in CALLS:
@@ -96,19 +97,21 @@ def test_twin_and_product_agree_with_it(shared: ModuleType, strategy: str, inter
 
 def test_splits_agree(shared: ModuleType) -> None:
     """Every number of kept tokens, for every strategy's own ratios and for awkward ones."""
-    awkward = [(0.5, 0.5, 0.25), (1.0, 0.001, 1.0), (0.001, 1.0, 0.5), (0.7, 0.3, 0.0)]
+    awkward = [(0.5, 0.5, 0.0, 0.25), (1.0, 0.001, 0.0, 1.0), (0.001, 1.0, 0.0, 0.5), (0.7, 0.3, 0.0, 0.0)]
+    awkward += [(0.5, 0.5, 0.3, 0.4), (1.0, 0.001, 1.0, 1.0), (0.75, 0.25, 0.7, 0.6), (0.75, 0.25, 1.0, 0.0)]
     rules = [STRATEGIES[name](96) for name in KNOWN]
-    rules += [Rules(96, 4, heavy, recent, peak) for heavy, recent, peak in awkward]
-    for rule in rules:
+    drawn = [
+        Rules(96, 4, heavy, recent, distinct_ratio=distinct, peak_ratio=peak)
+        for heavy, recent, distinct, peak in awkward
+    ]
+    for rule in rules + drawn:
         for keep in range(1, 97):
             assert of_rules(shared, rule, scored=rule.heavy > 0).split(keep) == rule.parts(keep)
-    for heavy, recent, peak in awkward:
-        spec = _core.Spec("liquid_fusion", 96, heavy_ratio=heavy, recent_ratio=recent, peak_ratio=peak)
+    for (heavy, recent, distinct, peak), rule in zip(awkward, drawn, strict=True):
+        own = {"heavy_ratio": heavy, "recent_ratio": recent, "distinct_ratio": distinct, "peak_ratio": peak}
+        spec = _core.Spec("liquid_fusion", 96, **own)
         for keep in range(5, 97):
-            assert tuple(spec.split(keep)) == Rules(96, 4, heavy, recent, peak).parts(keep)
-            assert tuple(spec.split(keep)) == of_rules(shared, Rules(96, 4, heavy, recent, peak), scored=True).split(
-                keep
-            )
+            assert tuple(spec.split(keep)) == rule.parts(keep)
 
 
 def test_an_idle_call_changes_nothing(shared: ModuleType) -> None:
