@@ -51,7 +51,7 @@ def test_names() -> None:
 @pytest.mark.parametrize(
     ("text", "size", "message"),
     [
-        ("KeyDiffPress", {"budget": 4}, "rival 'KeyDiffPress': kvpress:NAME or transformers:NAME is accepted"),
+        ("KeyDiffPress", {"budget": 4}, "rival 'KeyDiffPress': kvpress:NAME, transformers:NAME or python:"),
         ("other:KeyDiffPress", {"budget": 4}, "rival 'KeyDiffPress': kvpress:NAME"),
         ("", {}, "no rival is named"),
         ("kvpress:KeyDiffPress", {}, "rival kvpress:KeyDiffPress needs a size"),
@@ -66,6 +66,10 @@ def test_names() -> None:
         ("kvpress:__import__('os').remove('x')", {"budget": 4}, "is not a name, or a call such as"),
         ("kvpress:SnapKVPress(window_size=print(1).x)", {"budget": 4}, "is not a name, or a call such as"),
         ("transformers:3", {}, "is not a name, or a call such as"),
+        ("python:Newest", {}, "rival python:Newest: python:MODULE.CLASS is accepted"),
+        ("python:no_such_module.Newest", {}, "rival python:no_such_module.Newest: No module named 'no_such_module'"),
+        ("python:json.JSONDecoder", {}, "module 'json' has no cache 'JSONDecoder': a subclass of transformers.Cache"),
+        ("python:json.Newest(1, 2", {}, "is not a name, or a call such as"),
     ],
 )
 def test_refused_names(text: str, size: dict[str, float], message: str) -> None:
@@ -172,6 +176,29 @@ def test_what_a_press_dies_of_is_said_and_the_next_one_runs() -> None:
     with pytest.raises(RivalError, match=r"kvpress .* has no NoSuchPress; it has .*KeyDiffPress"):
         answer(model, tokenizer, Press("NoSuchPress", interpreter(), budget=4), asked(1))
     assert answer(model, tokenizer, Press("KnormPress", interpreter(), budget=4), asked(1))
+
+
+def test_a_class_of_your_own_gets_the_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = (
+        "from transformers import DynamicCache",
+        "class Told(DynamicCache):",
+        "    def __init__(self, config, budget=None, extra=0):",
+        "        super().__init__(config=config)",
+        "        self.told = (budget, extra)",
+    )
+    (tmp_path / "told_cache.py").write_text("\n".join(lines), encoding="utf8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    model = loaded().model
+    for size, told in (({"budget": 64}, 64), ({"cache_size": 25.0}, 10), ({}, None)):
+        (rival,) = parse("python:told_cache.Told(extra=3)", **size)  # type: ignore[arg-type]
+        assert rival.make(model, 40).told == (told, 3)  # type: ignore[attr-defined]
+        assert rival.as_dict() == {"strategy": "python:told_cache.Told(extra=3)", **size}
+    (rival,) = parse("python:told_cache.Told(budget=7)", budget=64)
+    assert rival.make(model, 40).told == (7, 0)  # type: ignore[attr-defined]
+    (rival,) = parse("python:told_cache.Told(other=7)", budget=64)
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'other'"):
+        rival.make(model, 40)
 
 
 def command(*arguments: str, out: Path) -> int:

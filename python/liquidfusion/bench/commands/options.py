@@ -109,7 +109,8 @@ class Rivals:
         typer.Option(
             "--rival",
             metavar="FAMILY:NAME,…",
-            help="Measure kvpress:NAME or transformers:NAME, too, at the same size. Give it again for more.",
+            help="Measure kvpress:NAME, transformers:NAME or your own python:MODULE.CLASS, too, at the same size. "
+            "Give it again for more.",
             **RIVALS,
         ),
     ] = None

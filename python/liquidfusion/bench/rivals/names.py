@@ -1,8 +1,12 @@
 """From the words after ``--rival`` to rivals that a task can measure."""
 
 import ast
+import importlib
+import inspect
 import os
+import sys
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +20,7 @@ from liquidfusion.exceptions import ConfigError
 PYTHON = "LIQUIDFUSION_RIVAL_PYTHON"
 """Environment variable that names the interpreter for kvpress, where none is given."""
 
+_ACCEPTED = "kvpress:NAME, transformers:NAME or python:MODULE.CLASS"
 _SETUP = (
     "make one: python -m venv rivals && rivals/bin/pip install kvpress, then --rival-python rivals/bin/python "
     f"(or set {PYTHON})"
@@ -116,51 +121,77 @@ class Press:
 
 @dataclass(frozen=True, slots=True)
 class Framework:
-    """A cache that transformers ships, made in this process: ``QuantizedCache(backend='quanto', nbits=4)``.
+    """A cache made in this process: one that transformers ships, or a class of your own.
 
     Attributes
     ----------
     call
-        The class and its keyword arguments; the model's configuration is added.
+        ``QuantizedCache(backend='quanto', nbits=4)``, or with the module of your class before it,
+        ``my_cache.MyCache(window=64)``: looked for in the working directory, too. It is made with the model's
+        ``config``, with these arguments, and, if its ``__init__`` has that name, with ``budget``, the run's size.
+    family
+        ``"transformers"``, or ``"python"`` for a class of your own.
+    cache_size
+        Percent of context and question together, from which ``budget`` follows.
+    budget
+        Tokens for each layer, row and kv head.
     """
 
     call: str
+    family: str = "transformers"
+    cache_size: float | None = None
+    budget: int | None = None
 
-    cache_size = budget = memory = None
-    """It keeps every token, whatever the size."""
+    memory = None
+    """Only the class itself could tell what a token takes."""
 
     def __post_init__(self) -> None:
-        _check(self.call)
+        if self.family == "transformers":
+            _check(self.call)
+        else:
+            self._class()
 
     def as_dict(self) -> dict[str, Any]:
         """Return what tells this rival from others, as JSON can say it."""
-        return {"strategy": self.strategy}
+        sizes = {name: getattr(self, name) for name in ("cache_size", "budget")}
+        return {"strategy": self.strategy, **{name: size for name, size in sizes.items() if size is not None}}
 
     @property
     def strategy(self) -> str:
         """The name under which results are filed."""
-        return f"transformers:{self.call}"
+        return f"{self.family}:{self.call}"
 
-    def make(self, model: PreTrainedModel, prompt_tokens: int) -> Cache:  # noqa: ARG002 - it grows as it must
-        """Return a fresh cache.
+    def make(self, model: PreTrainedModel, prompt_tokens: int) -> Cache:
+        """Return a fresh cache for prompts of `prompt_tokens` tokens.
 
         Raises
         ------
         ConfigError
-            transformers has no such cache, or does not take these arguments.
+            There is no such class, or it does not take these arguments.
         """
+        kind = self._class()
         node = _parsed(self.call)
-        name = node.id if isinstance(node, ast.Name) else ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-        found = getattr(transformers, name, None)
-        if not (isinstance(found, type) and issubclass(found, Cache)):
-            raise ConfigError(f"transformers {transformers.__version__} has no cache {name!r}")
-        kind: Any = found  # each takes what it likes
         named = {word.arg: ast.literal_eval(word.value) for word in getattr(node, "keywords", []) if word.arg}
+        if "budget" in inspect.signature(kind).parameters and "budget" not in named:
+            share = None if self.cache_size is None else max(1, int(prompt_tokens * self.cache_size / 100))
+            named |= {"budget": self.budget if share is None else share}
         try:
             made: Cache = kind(config=model.config, **named)
         except (ImportError, TypeError, ValueError) as error:
             raise ConfigError(f"rival {self.strategy}: {' '.join(str(error).split())}") from error
         return made
+
+    def _class(self) -> Any:
+        node = _parsed(self.call)
+        name = ast.unparse(node.func if isinstance(node, ast.Call) else node)
+        module, _, last = name.rpartition(".")
+        if self.family == "transformers":
+            found, where = getattr(transformers, name, None), f"transformers {transformers.__version__}"
+        else:
+            found, where = getattr(_module(self.strategy, module), last, None), f"module {module!r}"
+        if not (isinstance(found, type) and issubclass(found, Cache)):
+            raise ConfigError(f"{where} has no cache {last!r}: a subclass of transformers.Cache is accepted")
+        return found
 
     @staticmethod
     def held(cache: Cache) -> int:
@@ -180,6 +211,18 @@ def _bytes(value: Any) -> int:
     return value.nbytes
 
 
+def _module(rival: str, name: str) -> ModuleType:
+    """The module of somebody's own class; a command does not look for it where it was typed, so this does."""
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ConfigError(f"rival {rival}: python:MODULE.CLASS is accepted, with arguments if wanted")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(f"rival {rival}: {error}") from error
+
+
 Rival = Press | Framework
 
 
@@ -191,7 +234,7 @@ def parse(
     budget: int | None = None,
     memory: int | None = None,
 ) -> list[Rival]:
-    """Return the rivals of one ``--rival``: names with commas between them, after ``kvpress:`` or ``transformers:``.
+    """Return the rivals of one ``--rival``: names with commas between them, after their family and a colon.
 
     Parameters
     ----------
@@ -201,7 +244,7 @@ def parse(
     python
         The interpreter with kvpress.
     cache_size, budget, memory
-        The size of presses; transformers' caches keep every token.
+        The size of presses, and of your own classes but for `memory`; transformers' caches keep every token.
 
     Raises
     ------
@@ -219,10 +262,12 @@ def parse(
             found.append(Press(word, python, *size))
         elif family == "transformers":
             found.append(Framework(word))
+        elif family == "python":
+            found.append(Framework(word, family, cache_size, budget))
         else:
-            raise ConfigError(f"rival {word!r}: kvpress:NAME or transformers:NAME is accepted")
+            raise ConfigError(f"rival {word!r}: {_ACCEPTED} is accepted")
     if not found:
-        raise ConfigError("no rival is named: kvpress:NAME or transformers:NAME is accepted")
+        raise ConfigError(f"no rival is named: {_ACCEPTED} is accepted")
     return found
 
 
