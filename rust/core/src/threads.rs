@@ -2,10 +2,11 @@
 //!
 //! Each thread has its own row of neighbouring items, so that caches keep what they hold from one pass to the next and nobody fetches
 //! ahead what another one reads; who is done takes from the end of others' rows, so that a helper that wakes late does less. The calling
-//! thread always works itself. The thread that called first belongs to the pool and takes back what no helper has begun: where the cores
-//! are busy with other work it waits for nobody. Every item is independent, so results do not depend on the thread count.
+//! thread always works itself, has helpers of its own, and takes back what none of them has begun: where the cores are busy with other
+//! work it waits for nobody. Every item is independent, so results do not depend on the thread count.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::error::{Result, fail};
@@ -16,9 +17,46 @@ pub const VARIABLE: &str = "LIQUIDFUSION_NUM_THREADS";
 /// The part of what is left of a row that is taken at a time: small enough that the threads end together.
 const PART: usize = 8;
 
-struct Pool {
+/// Calling threads that have helpers at a time; a further one works alone, so that a program of many threads does not multiply them.
+const CALLERS: usize = 4;
+
+static CALLING: AtomicUsize = AtomicUsize::new(0);
+
+thread_local! {
+    /// Made by a thread's first call, gone with the thread.
+    static HELPERS: Option<Helpers> = Helpers::new();
+}
+
+/// A pool that its calling thread is a member of.
+struct Helpers {
     pool: rayon::ThreadPool,
     process: u32,
+}
+
+impl Helpers {
+    /// None when there is one core, when threads cannot be had, or when this one is a member of somebody else's pool.
+    fn new() -> Option<Self> {
+        if cores() < 2 || CALLING.fetch_update(Relaxed, Relaxed, |n| (n < CALLERS).then_some(n + 1)).is_err() {
+            return None;
+        }
+        let named = rayon::ThreadPoolBuilder::new().thread_name(|i| format!("liquidfusion-{i}"));
+        let built = named.num_threads(cores()).use_current_thread().build();
+        if built.is_err() {
+            CALLING.fetch_sub(1, Relaxed);
+        }
+        built.ok().map(|pool| Self { pool, process: std::process::id() })
+    }
+
+    /// Whether they are there: a forked child has no threads but its first.
+    fn here(&self) -> bool {
+        self.process == std::process::id()
+    }
+}
+
+impl Drop for Helpers {
+    fn drop(&mut self) {
+        CALLING.fetch_sub(1, Relaxed);
+    }
 }
 
 /// Threads to use: `cap`, or else the environment's cap, or else one per available core.
@@ -46,22 +84,6 @@ fn cores() -> usize {
     *CORES.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
 }
 
-/// The helpers, or none when there is one core, when threads cannot be had, or in a forked child, which has no threads.
-fn helpers() -> Option<&'static rayon::ThreadPool> {
-    static POOL: OnceLock<Option<Pool>> = OnceLock::new();
-    let pool = POOL.get_or_init(|| {
-        if cores() < 2 {
-            return None;
-        }
-        let builder =
-            || rayon::ThreadPoolBuilder::new().num_threads(cores()).thread_name(|i| format!("liquidfusion-{i}"));
-        // A thread of somebody else's pool cannot be one of ours.
-        let pool = builder().use_current_thread().build().or_else(|_| builder().build()).ok()?;
-        Some(Pool { pool, process: std::process::id() })
-    });
-    pool.as_ref().filter(|p| p.process == std::process::id()).map(|p| &p.pool)
-}
-
 /// Run `work` on every item, on at most `threads` threads.
 pub(crate) fn for_each<I, F>(threads: usize, items: I, work: F)
 where
@@ -69,9 +91,21 @@ where
     I::Item: Send,
     F: Fn(I::Item) + Sync,
 {
-    let Some(pool) = (threads > 1).then(helpers).flatten() else {
+    if threads < 2 {
         return items.for_each(work);
-    };
+    }
+    HELPERS.with(|helpers| match helpers.as_ref().filter(|own| own.here()) {
+        Some(helpers) => together(&helpers.pool, threads, items, work),
+        None => items.for_each(work),
+    });
+}
+
+fn together<I, F>(pool: &rayon::ThreadPool, threads: usize, items: I, work: F)
+where
+    I: Iterator + Send,
+    I::Item: Send,
+    F: Fn(I::Item) + Sync,
+{
     let mut items: Vec<Option<I::Item>> = items.map(Some).collect();
     let threads = threads.min(pool.current_num_threads());
     let per_row = items.len().div_ceil(threads).max(1);
@@ -92,16 +126,7 @@ where
             }
         }
     };
-    if pool.current_thread_index().is_some() {
-        return pool.install(|| spread(0..threads, &drain));
-    }
-    pool.in_place_scope(|scope| {
-        for helper in 1..threads {
-            let drain = &drain;
-            scope.spawn(move |_| drain(helper));
-        }
-        drain(0);
-    });
+    pool.install(|| spread(0..threads, &drain));
 }
 
 /// Run `work` for every number here, and on as many threads in all as come to take one; on this one again for those that did not.
@@ -133,6 +158,36 @@ mod tests {
                 scope.spawn(every_item_once);
             }
         });
+    }
+
+    #[test]
+    fn a_call_waits_for_no_other_threads_call() {
+        let (done, wait) = (std::sync::Barrier::new(2), Mutex::new(()));
+        std::thread::scope(|scope| {
+            // All helpers of this thread are stuck until the other thread's call has ended.
+            scope.spawn(|| {
+                done.wait();
+                for_each(usize::MAX, 0..64, |_| drop(wait.lock()));
+            });
+            scope.spawn(|| {
+                let held = wait.lock().unwrap();
+                done.wait();
+                every_item_once();
+                drop(held);
+            });
+        });
+    }
+
+    #[test]
+    fn helpers_go_with_their_thread() {
+        for _ in 0..3 * CALLERS {
+            std::thread::spawn(|| {
+                every_item_once();
+                assert!(CALLING.load(Relaxed) <= CALLERS);
+            })
+            .join()
+            .unwrap();
+        }
     }
 
     #[test]
