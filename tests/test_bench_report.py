@@ -16,7 +16,7 @@ import pytest
 
 from benchmodel import directory
 from liquidfusion.bench.cli import main
-from liquidfusion.bench.report import charts, compare, curves, export, page, rows
+from liquidfusion.bench.report import charts, compare, curves, export, page, rows, sections
 from liquidfusion.bench.report.charts import Chart, Point, Series
 from liquidfusion.bench.terminal.output import number
 
@@ -213,6 +213,16 @@ def made(strategy: str = "h2o", value: float = 5.0, *, held: int = 100, seconds:
     }
     metrics = {"perplexity": {"value": value}, "tokens_per_second": {"value": 128 / seconds}}
     return rows.row({"metadata": metadata, "results": [item], "metrics": metrics})
+
+
+def test_sizes_asked_for_in_bytes_are_the_columns() -> None:
+    """Methods that hold unlike numbers of tokens in the same bytes stand under each other, the smallest size first."""
+    asked = [("h2o", 8192, 40), ("streaming", 8192, 60), ("h2o", 1024, 5), ("streaming", 1024, 7)]
+    found = [made(name, 5.0, memory=memory, budget=tokens) for name, memory, tokens in asked]
+    (block,) = rows.blocks([*found, made("full", 4.0)])
+    section = sections.section(block)
+    assert section.header == ["cache", "1KiB", "8KiB"]
+    assert all(len(line) == 3 and all(line) for line in section.body)
 
 
 def test_servers_are_reported(tmp_path: Path) -> None:

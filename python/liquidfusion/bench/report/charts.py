@@ -243,7 +243,7 @@ def _scale(values: Sequence[float], start: float, end: float, *, log: bool) -> _
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Return about `count` round numbers that enclose `low` and `high`."""
     if high <= low:
-        low, high = (low - 1, high + 1) if low == 0 else (low - abs(low) / 10, high + abs(high) / 10)
+        low, high = (0.0, 1.0) if low == 0 else (low - abs(low) / 10, high + abs(high) / 10)
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough)

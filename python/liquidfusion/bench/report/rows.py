@@ -53,6 +53,8 @@ class Row:
         their mean.
     documents
         The results themselves, one for each repeat; none for a row that other rows' figures tell of.
+    memory
+        Bytes of a row of the batch, if the size was asked for so.
     """
 
     model: str
@@ -65,6 +67,7 @@ class Row:
     settings: Facts
     metrics: dict[str, dict[str, Any]]
     documents: tuple[dict[str, Any], ...] = ()
+    memory: int | None = None
 
     @property
     def bounded(self) -> bool:
@@ -85,6 +88,11 @@ class Row:
     def size(self) -> str:
         """The size in words."""
         return "all tokens" if self.budget is None else f"{self.budget} tokens"
+
+    @property
+    def asked(self) -> str:
+        """The size in words; in bytes, in which unlike methods are alike, where it was asked for so."""
+        return self.size if self.memory is None else self.label
 
     def main(self) -> dict[str, Any] | None:
         """Return the metric that its task is judged by, None if it was not measured."""
@@ -240,6 +248,7 @@ def row(document: dict[str, Any]) -> Row:
         conditions=conditions(metadata),
         settings=settings(metadata),
         metrics={name: _metric(metric) for name, metric in metrics.items()},
+        memory=None if strategy in UNBOUNDED else metadata.get("memory"),
         documents=(document,),
     )
 

@@ -50,22 +50,20 @@ def cell(metric: dict[str, object] | None, repeats: int = 1) -> str:
 
 
 def _grid(block: Block) -> tuple[list[str], list[list[str]]]:
-    columns = list(dict.fromkeys((row.budget, row.context) for row in block.rows if row.bounded))
+    bounded = sorted((row for row in block.rows if row.bounded), key=lambda row: row.memory or 0)
+    columns = list(dict.fromkeys((row.asked, row.context) for row in bounded))
     contexts = {row.context for row in block.rows}
     if not columns:
-        columns = [(None, context) for context in sorted(contexts)]
-    header = ["cache"] + [
-        ("all tokens" if budget is None else f"{budget} tokens") + (f" of {context}" if len(contexts) > 1 else "")
-        for budget, context in columns
-    ]
+        columns = [("all tokens", context) for context in sorted(contexts)]
+    header = ["cache"] + [size + (f" of {context}" if len(contexts) > 1 else "") for size, context in columns]
     body = []
     for method, rows in block.methods().items():
         if all(row.main() is None for row in rows):
             continue
-        cells = {(row.budget, row.context): cell(row.main(), row.repeats) for row in rows}
+        cells = {(row.asked, row.context): cell(row.main(), row.repeats) for row in rows}
         if not rows[0].bounded:
             of = {row.context: cell(row.main(), row.repeats) for row in rows}
-            cells = {(budget, context): of.get(context, "") for budget, context in columns}
+            cells = {(size, context): of.get(context, "") for size, context in columns}
         body.append([method, *(cells.get(column, "") for column in columns)])
     return header, body
 
