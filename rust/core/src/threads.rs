@@ -5,7 +5,6 @@
 //! thread always works itself. The thread that called first belongs to the pool and takes back what no helper has begun: where the cores
 //! are busy with other work it waits for nobody. Every item is independent, so results do not depend on the thread count.
 
-use std::ops::Range;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::error::{Result, fail};
@@ -92,9 +91,6 @@ where
             }
         }
     };
-    if pool.current_thread_index().is_some() {
-        return pool.install(|| spread(0..threads, &drain));
-    }
     pool.in_place_scope(|scope| {
         for helper in 1..threads {
             let drain = &drain;
@@ -102,15 +98,6 @@ where
         }
         drain(0);
     });
-}
-
-/// Run `work` for every number here, and on as many threads in all as come to take one; on this one again for those that did not.
-fn spread(numbers: Range<usize>, work: &(impl Fn(usize) + Sync)) {
-    if numbers.len() < 2 {
-        return work(numbers.start);
-    }
-    let half = numbers.start + numbers.len().div_ceil(2);
-    rayon::join(|| spread(numbers.start..half, work), || spread(half..numbers.end, work));
 }
 
 #[cfg(test)]
