@@ -50,10 +50,10 @@ Builds = dict[str, ModuleType]
 
 
 def liquid_fusion(core: ModuleType, slots: int, **parameters: float) -> _core.Spec:
-    """The default strategy, by mass and peak alone, which a build from before distinctness has too."""
+    """The default strategy, by mass and peak alone, with the same shares in a build from before distinctness."""
     if hasattr(core, "parameters"):
         parameters["distinct_ratio"] = 0.0
-    return core.Spec("liquid_fusion", slots, **parameters)
+    return core.Spec("liquid_fusion", slots, heavy_ratio=0.75, recent_ratio=0.25, peak_ratio=0.6, **parameters)
 
 
 def ledger(
@@ -173,29 +173,25 @@ def overhead(builds: Builds, rounds: int) -> list[tuple[str, float, float]]:
     return report("call overhead", times, "core, begin")
 
 
-def accumulation(
-    builds: Builds, shape: tuple[int, ...], dtype: torch.dtype, threads: int, rounds: int
-) -> list[tuple[str, float, float]]:
-    """Against a plain sum of the same bytes (as float32 whatever the dtype), with as many threads."""
+def accumulation(builds: Builds, shape: tuple[int, ...], threads: int, rounds: int) -> list[tuple[str, float, float]]:
+    """Against a plain sum of the same numbers, with as many threads."""
     batch, heads, _, queries, columns = shape
-    probabilities = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    probabilities = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     mass, peak = torch.zeros(batch, heads, columns), torch.zeros(batch, heads, columns)
     ages = torch.arange(queries - 1, -1, -1, dtype=torch.int32).repeat(batch, 1)
     _core.accumulate(probabilities, ages, [queries] * batch, mass, peak, 0.998, 0.9995, threads=threads)
-    mean = probabilities.float().mean(2)
+    mean = probabilities.mean(2)
     fade = 0.998 ** ages[0].double()
     assert torch.allclose(mass, (mean * fade[:, None].float()).sum(2), rtol=1e-4), "the masses differ"
-    flat = probabilities.view(torch.float32) if dtype != torch.float32 else probabilities
-    raw = flat.nan_to_num(0.0)  # 16-bit patterns read as float32 may be NaN, which sums at the same speed but warns
 
     def accumulate(core: ModuleType) -> Callable[[], object]:
         arguments = (probabilities, ages, [queries] * batch, mass, peak, 0.998, 0.9995)
         return lambda: core.accumulate(*arguments, threads=threads)
 
     contestants = {name: accumulate(core) for name, core in builds.items()}
-    times = race({**contestants, "plain sum": lambda: raw.sum()}, rounds)
+    times = race({**contestants, "plain sum": lambda: probabilities.sum()}, rounds)
     size = probabilities.numel() * probabilities.element_size()
-    name = f"accumulate {dtype} {list(shape)}, {size / 1e6:.0f} MB, {threads} thread{'s' * (threads > 1)}"
+    name = f"accumulate {list(shape)}, {size / 1e6:.0f} MB, {threads} thread{'s' * (threads > 1)}"
     return report(name, times, "core", size)
 
 
@@ -235,9 +231,8 @@ def main() -> None:
     rows += overhead(builds, rounds)
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            rows += accumulation(builds, (1, 8, 4, 64, 4096), dtype, threads, rounds)
-            rows += accumulation(builds, (4, 8, 4, 1, 4096), dtype, threads, rounds)
+        rows += accumulation(builds, (1, 8, 4, 64, 4096), threads, rounds)
+        rows += accumulation(builds, (4, 8, 4, 1, 4096), threads, rounds)
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump([{"what": what, "seconds": low, "median": median} for what, low, median in rows], file, indent=2)

@@ -48,6 +48,30 @@ def test_the_ring_reuses_the_slots_that_the_generic_path_reuses(monkeypatch, int
         assert torch.equal(beside.positions, ledger.host.positions[index])
 
 
+@pytest.mark.parametrize("positions", ["absolute", "cache"])
+def test_the_generic_path_serves_what_the_decoder_cannot(monkeypatch, positions):
+    """A row that rests in a step, and positions relative to the cache: tokens and slots are those without a decoder."""
+    model = tiny("qwen3")
+    ids, mask = torch.arange(3, 43).view(2, 20), torch.ones(2, 20, dtype=torch.int64)
+
+    def steps():
+        cache = cached(model, "liquid_fusion", 24, positions=positions)
+        columns, found = mask, []
+        for active in ([[1], [1]], [[1], [0]], [[0], [1]], [[1], [1]]):
+            new = ids if not found else torch.tensor([[5], [7]])
+            columns = mask if not found else torch.cat((columns, torch.tensor(active)), 1)
+            with torch.no_grad():
+                logits = model(new, attention_mask=columns, **{cache_keyword(model): cache}).logits[:, -1]
+            found.append(logits[torch.tensor(active)[:, 0] > 0])
+        return torch.cat(found), torch.stack([cache.positions(layer).sort(-1).values for layer in range(len(cache))])
+
+    logits, kept = steps()
+    monkeypatch.setattr(kernels, "available", lambda device: True)  # noqa: ARG005
+    own, own_kept = steps()
+    torch.testing.assert_close(own, logits)
+    assert torch.equal(own_kept, kept)
+
+
 def test_reset_and_a_second_prompt_start_over(monkeypatch):
     model = tiny("qwen3")
     torch.manual_seed(0)

@@ -45,6 +45,56 @@ def test_slots_beside_the_core_are_the_cores_own(
     assert made
 
 
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [("liquid_fusion", {"num_beams": 3}), ("h2o", {"num_beams": 3}), ("full", {"prefill_chunk_size": 250})],
+)
+def test_reordered_rows_and_new_slots_reach_the_copies(
+    monkeypatch: pytest.MonkeyPatch, strategy: str, options: dict[str, int]
+) -> None:
+    """Beams take each other's scores, and an unbounded cache grows, between a chunk and the next."""
+
+    def told() -> tuple[list[Any], list[Any]]:
+        model = tiny("llama")
+        ids, mask = padded((300, 280) if strategy == "full" else (40, 27))
+        cache = cached(model, strategy, 24, **({} if strategy == "full" else {"eviction_interval": 2}))
+        out = model.generate(
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=30, **options, **{cache_keyword(model): cache}
+        )
+        return out.tolist(), [cache.positions(layer).tolist() for layer in range(len(cache))]
+
+    expected = told()
+    monkeypatch.setattr(group, "shares_memory", lambda *_: False)
+    assert told() == expected
+
+
+def test_a_copy_of_reordered_rows_has_their_newest_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only one row's scores are newer beside its slots when it changes places: the copy takes those."""
+    monkeypatch.setattr(group, "shares_memory", lambda *_: False)
+    model = tiny("llama")
+    cache = cached(model, "h2o", 24, eviction_interval=1)
+    ids, mask = padded((40, 40))
+
+    def step(kv: lf.KVCache, new: torch.Tensor, mask: torch.Tensor) -> None:
+        with torch.no_grad():
+            model(new, attention_mask=mask, **{cache_keyword(model): kv})
+
+    step(cache, ids, mask)
+    for token in range(5, 9):
+        mask = torch.cat((mask, torch.tensor([[1], [0]])), 1)
+        step(cache, torch.tensor([[token], [0]]), mask)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    mask = mask[[1, 0]]
+    other = cache.copy()
+    for token in range(3, 33):
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        for kv in (cache, other):
+            step(kv, torch.full((2, 1), token), mask)
+    assert [cache.positions(layer).tolist() for layer in range(2)] == [
+        other.positions(layer).tolist() for layer in range(2)
+    ]
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_device_map_with_hooks(tmp_path: Path) -> None:
     """Layers that are on the device only while they run, as `device_map="auto"` arranges when memory is short."""

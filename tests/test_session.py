@@ -67,6 +67,21 @@ def test_going_on_equals_not_having_stopped(tmp_path: Path, name: str, strategy:
     assert forked[0] != expected[0], "a fork goes its own way"
 
 
+@pytest.mark.parametrize("how", ["file", "copy"])
+def test_reset_forgets_what_was_evicted_before(tmp_path: Path, how: str) -> None:
+    """A cache taken over from elsewhere counts its evictions; emptied, it starts over as any other."""
+    model = tiny("llama")
+    kv = cached(model, "h2o", 24)
+    start(model, kv)
+    kv.save(tmp_path / "talk.safetensors")
+    other = kv.copy() if how == "copy" else lf.KVCache.load(tmp_path / "talk.safetensors", model)
+    assert other.evictions == kv.evictions > 0
+    other.reset()
+    assert other.evictions == 0
+    start(model, other)
+    assert other.evictions == kv.evictions
+
+
 @pytest.mark.skipif(not hasattr(kernels, "decode") or torch.cuda.is_available(), reason="needs Triton's interpreter")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("how", ["file", "copy"])

@@ -21,7 +21,7 @@ fn scores(n: usize) -> Vec<f32> {
 /// Decisions of `liquid_fusion` about 32 layers and 8 heads; a repeat is one decision and the steps between two.
 fn decide(rows: usize, slots: usize, interval: usize, repeats: usize) {
     let shape = Shape { layers: 32, rows, kv_heads: 8, slots };
-    let given = [(Name::EvictionInterval, Value::Int(interval as i64))];
+    let given = [(Name::EvictionInterval, Value::Int(interval as i64)), (Name::DistinctRatio, Value::Ratio(0.0))];
     let spec = Spec::new("liquid_fusion", Some(slots as i64), &given).expect("the request is valid");
     let heads = 256 * rows;
     let n = heads * slots;
@@ -55,7 +55,8 @@ fn decide(rows: usize, slots: usize, interval: usize, repeats: usize) {
 /// Decisions of `liquid_fusion` about a chunk of 32,768 columns after 2,048 stored tokens, one layer of 8 heads.
 fn decide_chunk(repeats: usize) {
     let shape = Shape { layers: 1, rows: 1, kv_heads: 8, slots: 2048 };
-    let spec = Spec::new("liquid_fusion", Some(2048), &[]).expect("the request is valid");
+    let given = [(Name::DistinctRatio, Value::Ratio(0.0))];
+    let spec = Spec::new("liquid_fusion", Some(2048), &given).expect("the request is valid");
     let (n, new) = (8 * shape.slots, 32_768);
     let (mut positions, mut mass, mut peak) = (vec![-1; n], vec![0.0; n], vec![0.0; n]);
     let mut ledger = Ledger::new(spec, shape, 1).expect("the shape fits");

@@ -1,6 +1,6 @@
 //! Attention probabilities into mass and peak.
 //!
-//! The probabilities are read once, in blocks of columns whose sums stay in registers, and checked on the way: a float is finite and
+//! The probabilities are read once, in blocks of columns whose sums stay in the first-level cache, and checked on the way: a float is finite and
 //! not negative when its bits are small enough. Results are written when everything was found good.
 //!
 //! Numbers too small for a normal float count as 0, explicitly: whether a thread's floating-point unit flushes them differs from thread to
@@ -9,13 +9,9 @@
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use pulp::Simd as _;
-
-pub use crate::element::Element;
-use crate::element::{normal, wide};
 use crate::error::{Result, fail};
 use crate::head::{FINITE, valid};
-use crate::simd::{self, Lanes, Work};
+use crate::simd::vectorised;
 use crate::threads;
 use crate::view::{View, ViewMut};
 
@@ -30,9 +26,9 @@ pub struct Decay {
 
 /// What [`accumulate`] reads.
 #[derive(Debug, Clone, Copy)]
-pub struct Looks<'a, T> {
+pub struct Looks<'a> {
     /// Attention probabilities `[batch, heads, group, queries, columns]`.
-    pub probabilities: View<'a, T, 5>,
+    pub probabilities: View<'a, f32, 5>,
     /// Real tokens after each query in the call, `[batch, queries]`; -1 marks padding, which is ignored.
     pub ages: View<'a, i32, 2>,
     /// Real query tokens of the call per row.
@@ -50,103 +46,70 @@ const WORTH_THREADS: usize = 1 << 20;
 /// A query that is no padding, and the factors by which its probabilities count for the mass, and for the peak.
 type Query = (usize, f32, f32);
 
+/// The number, or 0 if it is too small for a normal float. In a thread that flushes those the comparison sees 0, with the same outcome.
+#[inline(always)]
+pub(crate) fn normal(x: f32) -> f32 {
+    if x < f32::MIN_POSITIVE { 0.0 } else { x }
+}
+
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
+}
+
 /// Some columns of one (row, head).
-struct Tile<'a, T> {
+struct Tile<'a> {
     /// Probabilities `[group, queries, columns]` of the head, of which `first` is the tile's first column.
-    probabilities: &'a [T],
-    group: usize,
-    columns: usize,
+    probabilities: &'a [f32],
     first: usize,
+    /// Extents of the probabilities.
+    group: usize,
     queries: usize,
+    columns: usize,
     real: &'a [Query],
-    /// Sum and maximum over the queries, to be filled.
-    sums: &'a mut [f32],
-    peaks: &'a mut [f32],
-}
-
-impl<T: Element> Work for Tile<'_, T> {
-    /// The largest order met.
-    type Output = u32;
-
-    #[inline(always)]
-    fn run<L: Lanes>(self, lanes: L) -> u32 {
-        let simd = lanes.simd();
-        let width = wide::COUNT * L::Simd::F32_LANES;
-        let whole = self.sums.len() / width * width;
-        self.sums.fill(0.0);
-        self.peaks.fill(0.0);
-        let ((sums, sums_rest), (peaks, peaks_rest)) = (self.sums.split_at_mut(whole), self.peaks.split_at_mut(whole));
-        let (mut worst, mut worst_rest) = (simd.splat_u32s(0), 0);
-        for &(query, to_mass, to_peak) in self.real {
-            let at = |g: usize| (g * self.queries + query) * self.columns + self.first;
-            let (mass_factor, peak_factor) = (simd.splat_f32s(to_mass), simd.splat_f32s(to_peak));
-            let blocks = sums.chunks_exact_mut(width).zip(peaks.chunks_exact_mut(width)).enumerate();
-            for (block, (sums, peaks)) in blocks {
-                let mut total = [simd.splat_f32s(0.0); wide::COUNT];
-                for g in 0..self.group {
-                    let from = at(g) + block * width;
-                    let values = T::values(simd, &self.probabilities[from..from + width], &mut worst);
-                    for (total, value) in total.iter_mut().zip(values) {
-                        *total = simd.add_f32s(*total, value);
-                    }
-                }
-                let sums = L::Simd::as_mut_simd_f32s(sums).0.iter_mut().zip(L::Simd::as_mut_simd_f32s(peaks).0);
-                for ((sum, peak), total) in sums.zip(total) {
-                    *sum = simd.add_f32s(*sum, wide::normal(simd, simd.mul_f32s(total, mass_factor)));
-                    *peak = simd.max_f32s(wide::normal(simd, simd.mul_f32s(total, peak_factor)), *peak);
-                }
-            }
-            for (i, (sum, peak)) in sums_rest.iter_mut().zip(&mut *peaks_rest).enumerate() {
-                let mut total = 0.0;
-                for g in 0..self.group {
-                    let probability = self.probabilities[at(g) + whole + i];
-                    total += normal(probability.value());
-                    worst_rest = worst_rest.max(probability.order());
-                }
-                *sum += normal(to_mass * total);
-                *peak = normal(to_peak * total).max(*peak);
-            }
-        }
-        T::in_order(sums, L::Simd::F32_LANES);
-        T::in_order(peaks, L::Simd::F32_LANES);
-        bytemuck::cast_slice(&[worst]).iter().copied().fold(worst_rest, u32::max)
-    }
-}
-
-/// The new scores of some columns, from their sums and peaks in place.
-struct Merge<'a> {
+    /// The scores of its columns, how they fade, and by what the looks are weighted.
     mass: &'a [f32],
     peak: &'a [f32],
+    fade: [f32; 2],
     weights: Option<&'a [f32]>,
-    mass_fade: f32,
-    peak_fade: f32,
-    sums: &'a mut [f32],
-    peaks: &'a mut [f32],
 }
 
-impl Work for Merge<'_> {
-    /// The largest bits met, old and new.
-    type Output = u32;
-
-    #[inline(always)]
-    fn run<L: Lanes>(self, _: L) -> u32 {
-        let mut worst = 0;
-        if let Some(weights) = self.weights {
-            for ((sum, peak), &weight) in self.sums.iter_mut().zip(&mut *self.peaks).zip(weights) {
-                worst = worst.max(weight.to_bits());
+vectorised! {
+    /// Fill in the new mass and peak. Returns the largest bits of a probability met, and of a score or weight, old or new.
+    fn fill<'a>(tile: Tile<'a>, sums: &'a mut [f32], peaks: &'a mut [f32]) -> [u32; 2] {
+        let Tile { probabilities, first, group, queries, columns, real, mass, peak, fade, weights } = tile;
+        let (mut worst, mut worst_score) = (0, 0);
+        let mut room = [0.0; TILE];
+        let total = &mut room[..sums.len()];
+        sums.fill(0.0);
+        peaks.fill(0.0);
+        for &(query, to_mass, to_peak) in real {
+            total.fill(0.0);
+            for g in 0..group {
+                let row = &probabilities[(g * queries + query) * columns + first..];
+                for (total, &probability) in total.iter_mut().zip(row) {
+                    *total += normal(probability);
+                    worst = probability.to_bits().max(worst);
+                }
+            }
+            for ((sum, peak), &total) in sums.iter_mut().zip(&mut *peaks).zip(&*total) {
+                *sum += normal(total * to_mass);
+                *peak = larger(normal(total * to_peak), *peak);
+            }
+        }
+        if let Some(weights) = weights {
+            for ((sum, peak), &weight) in sums.iter_mut().zip(&mut *peaks).zip(weights) {
+                worst_score = weight.to_bits().max(worst_score);
                 *sum = normal(*sum * normal(weight));
                 *peak = normal(*peak * normal(weight));
             }
         }
-        let old = self.mass.iter().zip(self.peak);
-        for ((sum, peak), (&mass, &old_peak)) in self.sums.iter_mut().zip(self.peaks).zip(old) {
-            worst = worst.max(mass.to_bits()).max(old_peak.to_bits());
-            *sum += normal(normal(mass) * self.mass_fade);
-            let faded = normal(normal(old_peak) * self.peak_fade);
-            *peak = if faded > *peak { faded } else { *peak };
-            worst = worst.max(sum.to_bits()).max(peak.to_bits());
+        for ((sum, peak), (&mass, &old_peak)) in sums.iter_mut().zip(peaks).zip(mass.iter().zip(peak)) {
+            *sum += normal(normal(mass) * fade[0]);
+            *peak = larger(normal(normal(old_peak) * fade[1]), *peak);
+            worst_score = worst_score.max(mass.to_bits()).max(old_peak.to_bits()).max(sum.to_bits()).max(peak.to_bits());
         }
-        worst
+        [worst, worst_score]
     }
 }
 
@@ -158,8 +121,8 @@ thread_local! {
 /// Add one call's attention: `mass = mass·γⁿ + w·Σ γ^age·p`, `peak = max(peak·πⁿ, w·max π^age·p)`, p averaged over the group.
 ///
 /// Everything is checked before anything is written.
-pub fn accumulate<T: Element>(
-    looks: &Looks<'_, T>,
+pub fn accumulate(
+    looks: &Looks<'_>,
     mut mass: ViewMut<'_, f32, 3>,
     mut peak: ViewMut<'_, f32, 3>,
     decay: Decay,
@@ -217,39 +180,35 @@ pub fn accumulate<T: Element>(
         threads::for_each(threads, tiles, |(head, first, (sums, peaks))| {
             let row = head / heads;
             let here = head * columns + first..head * columns + first + sums.len();
-            let met = simd::dispatch(Tile {
-                probabilities: &probabilities[head * group * queries * columns..][..group * queries * columns],
-                group,
-                columns,
+            let tile = Tile {
+                probabilities: &probabilities[head * group * queries * columns..],
                 first,
+                group,
                 queries,
+                columns,
                 real: &real[row],
-                sums,
-                peaks,
-            });
-            worst.fetch_max(met, Ordering::Relaxed);
-            let met = simd::dispatch(Merge {
                 mass: &old_mass[here.clone()],
                 peak: &old_peak[here.clone()],
-                weights: looks.weights.map(|w| &w.data()[here]),
-                mass_fade: fades[row][0],
-                peak_fade: fades[row][1],
-                sums,
-                peaks,
-            });
-            worst_score.fetch_max(met, Ordering::Relaxed);
+                fade: fades[row],
+                weights: looks.weights.map(|weights| &weights.data()[here]),
+            };
+            let [met, met_score] = fill(tile, sums, peaks);
+            worst.fetch_max(met, Ordering::Relaxed);
+            worst_score.fetch_max(met_score, Ordering::Relaxed);
         });
-        if worst.into_inner() > T::FINITE | T::BELOW {
-            find_bad_probability(looks)?;
+        if worst.into_inner() > FINITE {
+            let shape = looks.probabilities.shape();
+            // That of a query which is padding means nothing.
+            let age =
+                |i: usize| looks.ages.data()[i / columns / queries / group / heads * queries + i / columns % queries];
+            refuse("probabilities", probabilities, &shape, |i| age(i) >= 0)?;
         }
         if worst_score.into_inner() > FINITE {
-            find_bad_score("mass", old_mass, heads, columns)?;
-            find_bad_score("peak", old_peak, heads, columns)?;
-            if let Some(weights) = looks.weights {
-                find_bad_score("weights", weights.data(), heads, columns)?;
-            }
-            for (name, new) in [("mass", &results[..old_mass.len()]), ("peak", &results[old_mass.len()..])] {
-                find_bad_score(&format!("the new {name}"), new, heads, columns)?;
+            let (sums, peaks) = results.split_at(old_mass.len());
+            let weights = looks.weights.map_or(&[][..], |weights| weights.data());
+            let scores = [old_mass, old_peak, weights, sums, peaks];
+            for (name, scores) in ["mass", "peak", "weights", "the new mass", "the new peak"].into_iter().zip(scores) {
+                refuse(name, scores, &[batch, heads, columns], |_| true)?;
             }
         }
         Ok::<_, crate::Error>(())
@@ -266,31 +225,12 @@ pub fn accumulate<T: Element>(
     Ok(())
 }
 
-/// Name the first probability that may not be used, if there is one (-0.0 only looks like it).
-fn find_bad_probability<T: Element>(looks: &Looks<'_, T>) -> Result<()> {
-    let [batch, heads, group, queries, columns] = looks.probabilities.shape();
-    for (i, row) in looks.probabilities.data().chunks_exact(columns).enumerate() {
-        let (query, g, head, b) =
-            (i % queries, i / queries % group, i / queries / group % heads, i / queries / group / heads);
-        debug_assert!(b < batch);
-        if looks.ages.data()[b * queries + query] < 0 {
-            continue;
-        }
-        if let Some(c) = row.iter().position(|p| !valid(p.exact())) {
-            let value = row[c].exact();
-            fail!(
-                Score,
-                "probabilities[{b}, {head}, {g}, {query}, {c}] is {value}; they must be finite and not negative"
-            );
-        }
-    }
-    Ok(())
-}
-
-fn find_bad_score(name: &str, scores: &[f32], heads: usize, columns: usize) -> Result<()> {
-    if let Some(i) = scores.iter().position(|&s| !valid(s)) {
-        let ([b, head, c], value) = ([i / columns / heads, i / columns % heads, i % columns], scores[i]);
-        fail!(Score, "{name}[{b}, {head}, {c}] is {value}; it must be finite and not negative");
+/// Refuse the first of `values` that may not be used, if there is one (-0.0 only looks like it), of those that are `meant`.
+fn refuse(name: &str, values: &[f32], shape: &[usize], meant: impl Fn(usize) -> bool) -> Result<()> {
+    if let Some(i) = (0..values.len()).find(|&i| !valid(values[i]) && meant(i)) {
+        let at: Vec<usize> =
+            (0..shape.len()).map(|d| i / shape[d + 1..].iter().product::<usize>() % shape[d]).collect();
+        fail!(Score, "{name}{at:?} is {}; it must be finite and not negative", values[i]);
     }
     Ok(())
 }

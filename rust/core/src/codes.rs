@@ -6,9 +6,8 @@
 
 use half::f16;
 
-use crate::element::Element as _;
 use crate::error::{Result, fail};
-use crate::simd::{self, Lanes, Work};
+use crate::simd::vectorised;
 use crate::threads;
 use crate::view::{View, ViewMut};
 
@@ -19,42 +18,25 @@ const BLOCK: usize = 256;
 /// Slots whose levels are added together to an output.
 const TOGETHER: usize = 4;
 
-/// How many bits a coordinate takes.
+/// How many bits a coordinate takes: 8, 4 or 2.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Bits {
-    /// 256 levels.
-    Eight,
-    /// 16 levels.
-    Four,
-    /// 4 levels.
-    Two,
-}
+pub struct Bits(usize);
 
 impl Bits {
     /// From their number.
     pub fn new(bits: i64) -> Result<Self> {
         match bits {
-            8 => Ok(Self::Eight),
-            4 => Ok(Self::Four),
-            2 => Ok(Self::Two),
+            8 | 4 | 2 => Ok(Self(bits as usize)),
             _ => fail!(Config, "bits must be 8, 4 or 2, got {bits}"),
-        }
-    }
-
-    fn count(self) -> usize {
-        match self {
-            Self::Eight => 8,
-            Self::Four => 4,
-            Self::Two => 2,
         }
     }
 
     /// Distance of two levels in units of the vector's root mean square: loses least where coordinates are normally distributed.
     fn step(self) -> f32 {
-        match self {
-            Self::Eight => 0.030_76,
-            Self::Four => 0.3352,
-            Self::Two => 0.9957,
+        match self.0 {
+            8 => 0.030_76,
+            4 => 0.3352,
+            _ => 0.9957,
         }
     }
 }
@@ -70,11 +52,18 @@ pub struct Codes<'a> {
     pub scales: View<'a, f16, 3>,
 }
 
-impl Codes<'_> {
+impl<'a> Codes<'a> {
+    /// The codes and scales of each head, [`BLOCK`] slots at a time.
+    fn blocks(self) -> impl Iterator<Item = impl Iterator<Item = (&'a [u8], &'a [f16])>> {
+        let [_, _, slots, bytes] = self.codes.shape();
+        let heads = self.codes.data().chunks(slots * bytes).zip(self.scales.data().chunks(slots));
+        heads.map(move |(codes, scales)| codes.chunks(BLOCK * bytes).zip(scales.chunks(BLOCK)))
+    }
+
     fn check(&self) -> Result<[usize; 4]> {
         let [batch, heads, slots, bytes] = self.codes.shape();
         self.scales.expect("scales", [batch, heads, slots])?;
-        Ok([batch, heads, slots, bytes * 8 / self.bits.count()])
+        Ok([batch, heads, slots, bytes * 8 / self.bits.0])
     }
 }
 
@@ -112,7 +101,7 @@ pub fn encode(
     threads: usize,
 ) -> Result<()> {
     let [batch, heads, columns, head_dim] = states.shape();
-    let bytes = width(head_dim) * bits.count() / 8;
+    let bytes = width(head_dim) * bits.0 / 8;
     codes.expect("codes", [batch, heads, columns, bytes])?;
     scales.expect("scales", [batch, heads, columns])?;
     if let Some(mu) = mu {
@@ -132,37 +121,31 @@ pub fn encode(
             .map(move |((states, codes), scales)| (states, mu, codes, scales))
     });
     threads::for_each(threads, parts, |(states, mu, codes, scales)| {
-        simd::dispatch(Encode { states, head_dim, mu, signs: &signs, bits, codes, scales });
+        encode_some(states, head_dim, mu, &signs, bits, codes, scales);
     });
     Ok(())
 }
 
-struct Encode<'a> {
-    states: &'a [f32],
-    head_dim: usize,
-    mu: Option<&'a [f32]>,
-    signs: &'a [f32],
-    bits: Bits,
-    codes: &'a mut [u8],
-    scales: &'a mut [f16],
-}
-
-impl Work for Encode<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<L: Lanes>(self, _: L) {
-        let (mut y, mut sums) = (vec![0.0; self.signs.len()], vec![0.0; self.signs.len()]);
-        let bytes = self.codes.len() / self.scales.len();
-        let vectors = self.states.chunks(self.head_dim).zip(self.codes.chunks_mut(bytes)).zip(self.scales);
-        for ((x, codes), scale) in vectors {
+vectorised! {
+    fn encode_some<'a>(
+        states: &'a [f32],
+        head_dim: usize,
+        mu: Option<&'a [f32]>,
+        signs: &'a [f32],
+        bits: Bits,
+        codes: &'a mut [u8],
+        scales: &'a mut [f16],
+    ) -> () {
+        let (mut y, mut sums) = (vec![0.0; signs.len()], vec![0.0; signs.len()]);
+        let bytes = codes.len() / scales.len();
+        for ((x, codes), scale) in states.chunks(head_dim).zip(codes.chunks_mut(bytes)).zip(scales) {
             y.fill(0.0);
             y[..x.len()].copy_from_slice(x);
-            if let Some(mu) = self.mu {
+            if let Some(mu) = mu {
                 y.iter_mut().zip(mu).for_each(|(y, mu)| *y -= mu);
             }
-            rotate(&mut y, self.signs);
-            *scale = quantise(&y, self.bits, codes, &mut sums);
+            rotate(&mut y, signs);
+            *scale = quantise(&y, bits, codes, &mut sums);
         }
     }
 }
@@ -212,7 +195,7 @@ fn sum_of_squares(y: &[f32], sums: &mut [f32]) -> f32 {
 #[inline(always)]
 fn quantise(y: &[f32], bits: Bits, codes: &mut [u8], sums: &mut [f32]) -> f16 {
     let norm = sum_of_squares(y, sums).sqrt();
-    let (count, half, top) = (bits.count(), (1 << (bits.count() - 1)) as f32, ((1 << bits.count()) - 1) as f32);
+    let (count, half, top) = (bits.0, (1 << (bits.0 - 1)) as f32, ((1 << bits.0) - 1) as f32);
     let rms = norm / (y.len() as f32).sqrt();
     let unit = if rms > 0.0 { bits.step() * rms } else { 1.0 };
     let mut squares = 0.0;
@@ -230,11 +213,12 @@ fn quantise(y: &[f32], bits: Bits, codes: &mut [u8], sums: &mut [f32]) -> f16 {
 
 /// Levels of one slot into the first coordinates of `to`.
 #[inline(always)]
-fn levels<const BITS: usize>(codes: &[u8], to: &mut [f32]) {
-    let top = (1 << BITS) - 1;
-    for (part, to) in to.chunks_exact_mut(codes.len()).take(8 / BITS).enumerate() {
+fn levels(bits: Bits, codes: &[u8], to: &mut [f32]) {
+    let (count, top) = (bits.0, (1 << bits.0) - 1);
+    for (part, to) in to.chunks_exact_mut(codes.len()).take(8 / count).enumerate() {
+        let shift = (count * part) as i32;
         for (to, &code) in to.iter_mut().zip(codes) {
-            *to = (2 * (i32::from(code >> (BITS * part)) & top) - top) as f32;
+            *to = (2 * ((i32::from(code) >> shift) & top) - top) as f32;
         }
     }
 }
@@ -278,55 +262,27 @@ pub fn logits(query: View<'_, f32, 4>, keys: Codes<'_>, mut out: ViewMut<'_, f32
     if out.data().is_empty() {
         return Ok(());
     }
-    let (query, bytes, full) = (padded(query.data(), width), keys.codes.shape()[3], width.next_multiple_of(LANES));
-    let rows = (query.chunks(queries * full))
-        .zip(keys.codes.data().chunks(slots * bytes))
-        .zip(keys.scales.data().chunks(slots))
-        .zip(out.data().chunks_mut(queries * slots));
-    let parts = rows.flat_map(|(((query, codes), scales), out)| {
+    let (query, full) = (padded(query.data(), width), width.next_multiple_of(LANES));
+    let heads = query.chunks(queries * full).zip(keys.blocks()).zip(out.data().chunks_mut(queries * slots));
+    let parts = heads.flat_map(|((query, blocks), out)| {
         // Each part owns a range of slots of every query's row.
         let mut out: Vec<_> = out.chunks_mut(slots).map(|row| row.chunks_mut(BLOCK)).collect();
-        (codes.chunks(BLOCK * bytes).zip(scales.chunks(BLOCK)))
-            .map(move |(codes, scales)| (query, codes, scales, out.iter_mut().filter_map(Iterator::next).collect()))
-            .collect::<Vec<_>>()
+        blocks.map(move |(codes, scales)| (query, codes, scales, out.iter_mut().filter_map(Iterator::next).collect()))
     });
     threads::for_each(threads, parts, |(query, codes, scales, out)| {
-        simd::dispatch(Logits { query, bits: keys.bits, codes, scales, out });
+        logits_of(keys.bits, query, codes, scales, out);
     });
     Ok(())
 }
 
-struct Logits<'a> {
-    query: &'a [f32],
-    bits: Bits,
-    codes: &'a [u8],
-    scales: &'a [f16],
-    out: Vec<&'a mut [f32]>,
-}
-
-impl Work for Logits<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<L: Lanes>(self, _: L) {
-        match self.bits {
-            Bits::Eight => self.with::<8>(),
-            Bits::Four => self.with::<4>(),
-            Bits::Two => self.with::<2>(),
-        }
-    }
-}
-
-impl Logits<'_> {
-    #[inline(always)]
-    fn with<const BITS: usize>(mut self) {
-        let full = self.query.len() / self.out.len();
+vectorised! {
+    fn logits_of<'a>(bits: Bits, query: &'a [f32], codes: &'a [u8], scales: &'a [f16], out: Vec<&'a mut [f32]>) -> () {
+        let (full, bytes, mut out) = (query.len() / out.len(), codes.len() / scales.len(), out);
         let mut key = vec![0.0; full];
-        let bytes = self.codes.len() / self.scales.len();
-        for (slot, (codes, scale)) in self.codes.chunks_exact(bytes).zip(self.scales).enumerate() {
-            levels::<BITS>(codes, &mut key);
-            let scale = scale.value();
-            for (query, out) in self.query.chunks_exact(full).zip(&mut self.out) {
+        for (slot, (codes, scale)) in codes.chunks_exact(bytes).zip(scales).enumerate() {
+            levels(bits, codes, &mut key);
+            let scale = scale.to_f32();
+            for (query, out) in query.chunks_exact(full).zip(&mut out) {
                 out[slot] = scale * dot(query, &key);
             }
         }
@@ -349,19 +305,17 @@ pub fn outputs(
     if out.data().is_empty() || slots == 0 {
         return Ok(());
     }
-    let (bytes, full) = (values.codes.shape()[3], width.next_multiple_of(LANES));
+    let full = width.next_multiple_of(LANES);
     let per_row = slots.div_ceil(BLOCK);
     let mut sums = vec![0.0; batch * heads * per_row * queries * full];
-    let rows = (probabilities.data().chunks(queries * slots))
-        .zip(values.codes.data().chunks(slots * bytes))
-        .zip(values.scales.data().chunks(slots))
-        .zip(sums.chunks_mut(per_row * queries * full));
-    let parts = rows.flat_map(|(((probabilities, codes), scales), sums)| {
-        (codes.chunks(BLOCK * bytes).zip(scales.chunks(BLOCK)).zip(sums.chunks_mut(queries * full)).enumerate())
-            .map(move |(block, ((codes, scales), sums))| (&probabilities[block * BLOCK..], codes, scales, sums))
+    let heads = probabilities.data().chunks(queries * slots).zip(values.blocks());
+    let parts = heads.zip(sums.chunks_mut(per_row * queries * full)).flat_map(|((probabilities, blocks), sums)| {
+        (blocks.zip(sums.chunks_mut(queries * full)).enumerate())
+            .map(move |(block, ((codes, scales), sums))| (probabilities, block * BLOCK, codes, scales, sums))
     });
-    threads::for_each(threads, parts, |(probabilities, codes, scales, sums)| {
-        simd::dispatch(Outputs { probabilities, slots, bits: values.bits, codes, scales, sums, full });
+    threads::for_each(threads, parts, |(probabilities, first, codes, scales, sums)| {
+        let looks = probabilities.chunks_exact(slots).map(|looks| &looks[first..]).collect();
+        add_outputs(values.bits, looks, codes, scales, sums);
     });
     for (out, sums) in out.data().chunks_mut(queries * width).zip(sums.chunks(per_row * queries * full)) {
         for sums in sums.chunks(queries * full) {
@@ -373,48 +327,21 @@ pub fn outputs(
     Ok(())
 }
 
-struct Outputs<'a> {
-    /// Those of query `i` begin at `i * slots`.
-    probabilities: &'a [f32],
-    slots: usize,
-    bits: Bits,
-    codes: &'a [u8],
-    scales: &'a [f16],
-    sums: &'a mut [f32],
-    full: usize,
-}
-
-impl Work for Outputs<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<L: Lanes>(self, _: L) {
-        match self.bits {
-            Bits::Eight => self.with::<8>(),
-            Bits::Four => self.with::<4>(),
-            Bits::Two => self.with::<2>(),
-        }
-    }
-}
-
-impl Outputs<'_> {
-    #[inline(always)]
-    fn with<const BITS: usize>(self) {
-        let mut values = vec![0.0; TOGETHER * self.full];
-        let bytes = self.codes.len() / self.scales.len();
-        let few = self.codes.chunks(TOGETHER * bytes).zip(self.scales.chunks(TOGETHER)).enumerate();
+vectorised! {
+    /// Add to the `sums` of each query what some slots bring; `looks[i]` are those of query `i` at them.
+    fn add_outputs<'a>(bits: Bits, looks: Vec<&'a [f32]>, codes: &'a [u8], scales: &'a [f16], sums: &'a mut [f32]) -> () {
+        let (full, bytes) = (sums.len() / looks.len(), codes.len() / scales.len());
+        let mut values = vec![0.0; TOGETHER * full];
+        let few = codes.chunks(TOGETHER * bytes).zip(scales.chunks(TOGETHER)).enumerate();
         for (i, (codes, scales)) in few {
-            for (value, codes) in values.chunks_exact_mut(self.full).zip(codes.chunks_exact(bytes)) {
-                levels::<BITS>(codes, value);
+            for (value, codes) in values.chunks_exact_mut(full).zip(codes.chunks_exact(bytes)) {
+                levels(bits, codes, value);
             }
-            let (first, rest) = values.split_at(self.full);
-            let (second, rest) = rest.split_at(self.full);
-            let (third, fourth) = rest.split_at(self.full);
-            for (query, sums) in self.sums.chunks_exact_mut(self.full).enumerate() {
-                let looks = &self.probabilities[query * self.slots + i * TOGETHER..];
+            let [first, second, third, fourth]: [&[f32]; TOGETHER] = std::array::from_fn(|i| &values[i * full..][..full]);
+            for (looks, sums) in looks.iter().zip(sums.chunks_exact_mut(full)) {
                 let mut weights = [0.0; TOGETHER];
-                for (weight, (look, scale)) in weights.iter_mut().zip(looks.iter().zip(scales)) {
-                    *weight = look * scale.value();
+                for (weight, (look, scale)) in weights.iter_mut().zip(looks[i * TOGETHER..].iter().zip(scales)) {
+                    *weight = look * scale.to_f32();
                 }
                 let levels = (first.iter().zip(second)).zip(third.iter().zip(fourth));
                 for (sum, ((a, b), (c, d))) in sums.iter_mut().zip(levels) {
@@ -432,47 +359,25 @@ pub fn squares(codes: Codes<'_>, mut out: ViewMut<'_, f32, 3>, threads: usize) -
     if out.data().is_empty() {
         return Ok(());
     }
-    let bytes = codes.codes.shape()[3];
-    let parts = (codes.codes.data().chunks(BLOCK * bytes))
-        .zip(codes.scales.data().chunks(BLOCK))
-        .zip(out.data().chunks_mut(BLOCK));
-    threads::for_each(threads, parts, |((part, scales), out)| {
-        simd::dispatch(Squares { bits: codes.bits, codes: part, scales, out });
-    });
+    let heads = codes.blocks().zip(out.data().chunks_mut(slots));
+    let parts = heads.flat_map(|(blocks, out)| blocks.zip(out.chunks_mut(BLOCK)));
+    threads::for_each(threads, parts, |((part, scales), out)| squares_of(codes.bits, part, scales, out));
     Ok(())
 }
 
-struct Squares<'a> {
-    bits: Bits,
-    codes: &'a [u8],
-    scales: &'a [f16],
-    out: &'a mut [f32],
-}
-
-impl Work for Squares<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<L: Lanes>(self, _: L) {
-        match self.bits {
-            Bits::Eight => self.with::<8>(),
-            Bits::Four => self.with::<4>(),
-            Bits::Two => self.with::<2>(),
-        }
-    }
-}
-
-impl Squares<'_> {
-    #[inline(always)]
-    fn with<const BITS: usize>(self) {
-        let (top, bytes) = ((1 << BITS) - 1, self.codes.len() / self.scales.len());
-        for (out, (codes, scale)) in self.out.iter_mut().zip(self.codes.chunks_exact(bytes).zip(self.scales)) {
-            let square = |code: u8| {
-                let level = |part: usize| 2 * (i32::from(code >> (BITS * part)) & top) - top;
-                (0..8 / BITS).map(|part| level(part) * level(part)).sum::<i32>()
-            };
-            let sum: i32 = codes.iter().copied().map(square).sum();
-            *out = scale.value() * scale.value() * sum as f32;
+vectorised! {
+    fn squares_of<'a>(bits: Bits, codes: &'a [u8], scales: &'a [f16], out: &'a mut [f32]) -> () {
+        let (count, bytes) = (bits.0, codes.len() / scales.len());
+        let top = (1 << count) - 1;
+        for (out, (codes, scale)) in out.iter_mut().zip(codes.chunks_exact(bytes).zip(scales)) {
+            let mut sum = 0;
+            for part in 0..8 / count {
+                for &code in codes {
+                    let level = 2 * (i32::from(code >> (count * part)) & top) - top;
+                    sum += level * level;
+                }
+            }
+            *out = scale.to_f32() * scale.to_f32() * sum as f32;
         }
     }
 }
@@ -582,7 +487,7 @@ mod tests {
         assert!(Bits::new(5).unwrap_err().to_string().contains('5'));
         assert_eq!(blocks(88).collect::<Vec<_>>(), [64, 16, 8]);
         let codes = Codes {
-            bits: Bits::Four,
+            bits: Bits(4),
             codes: View::new("codes", &[0; 8], [1, 1, 2, 4]).unwrap(),
             scales: View::new("scales", &[f16::ZERO; 1], [1, 1, 1]).unwrap(),
         };

@@ -4,7 +4,7 @@
 pub(crate) const FINITE: u32 = 0x7f7f_ffff;
 
 /// The bit of the sign.
-const SIGN: u32 = 1 << 31;
+pub(crate) const SIGN: u32 = 1 << 31;
 
 /// Whether a mass or a peak may be used; by its bits, since some threads take small numbers for 0.
 #[inline(always)]
@@ -26,8 +26,6 @@ pub(crate) struct Head<'a> {
     pub(crate) place: Place,
     /// One more than the newest position.
     pub(crate) seen: usize,
-    /// Which slot each is, or else, counted on from the last slot, which column.
-    pub(crate) index: &'a [i32],
     /// Their positions; -1 for empty and queued slots and for padding, which are no candidates.
     pub(crate) positions: &'a [i32],
     pub(crate) scores: Scores<'a>,

@@ -11,7 +11,7 @@
 //! ledger/   slots and reuse queues of all heads: call (begin, finish), chunk, rows (release, copy, reorder, restore, grow)
 //! head      what one head shows     decide   which candidates stay     score     what they are worth, a type per answer
 //! select    the k largest, by counting           simd  vector instructions, chosen at run time
-//! accumulate  attention probabilities (element: their types) into mass and peak      codes  keys and values in 8, 4 or 2 bits
+//! accumulate  attention probabilities into mass and peak      codes  keys and values in 8, 4 or 2 bits
 //! threads, view, error                what they say
 //! ```
 //!
@@ -39,7 +39,6 @@
 pub mod accumulate;
 pub mod codes;
 mod decide;
-mod element;
 pub mod error;
 mod head;
 pub mod ledger;

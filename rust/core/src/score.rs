@@ -2,20 +2,16 @@
 
 use std::ops::Range;
 
+use crate::accumulate::normal;
 use crate::head::{DISTINCT, Head, MASS, PEAK};
 use crate::select::ordinal;
-use crate::simd::{self, Lanes, Work};
+use crate::simd::vectorised;
 use crate::spec::Spec;
 
 /// An answer to what tokens are worth.
 pub(crate) trait Score: Sync {
     /// What every candidate of `head` is worth; only those whose positions are `within` matter. `out` is as long, to be used or not.
     fn worth<'a>(&self, head: Head<'a>, within: &Range<i32>, out: &'a mut [f32]) -> &'a [f32];
-
-    /// Whether it may be negative.
-    fn signed(&self) -> bool {
-        false
-    }
 }
 
 /// The attention mass it gathered.
@@ -44,10 +40,6 @@ pub(crate) struct Distinct;
 impl Score for Distinct {
     fn worth<'a>(&self, head: Head<'a>, _: &Range<i32>, _: &'a mut [f32]) -> &'a [f32] {
         head.scores[DISTINCT]
-    }
-
-    fn signed(&self) -> bool {
-        true
     }
 }
 
@@ -148,35 +140,20 @@ impl Average {
 
 impl Score for Averaged<'_> {
     fn worth<'a>(&self, head: Head<'a>, _: &Range<i32>, out: &'a mut [f32]) -> &'a [f32] {
-        let Self(Average { gap, decay, factors, .. }) = self;
+        let Self(average) = self;
         // The position that no query has looked at which counts.
-        let newest = head.seen.saturating_sub(*gap) as i32;
-        let Head { positions, scores: [mass, ..], .. } = head;
-        simd::dispatch(Fill { positions, mass, newest, factors, equal: *decay >= 1.0, out: &mut *out });
+        let newest = head.seen.saturating_sub(average.gap) as i32;
+        averages(head.positions, head.scores[MASS], newest, average, out);
         out
     }
 }
 
-struct Fill<'a> {
-    positions: &'a [i32],
-    mass: &'a [f32],
-    newest: i32,
-    factors: &'a [f32],
-    /// Whether all queries weigh the same.
-    equal: bool,
-    out: &'a mut [f32],
-}
-
-impl Work for Fill<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<L: Lanes>(self, _: L) {
-        let Self { positions, mass, newest, factors, equal, out } = self;
+vectorised! {
+    fn averages<'a>(positions: &'a [i32], mass: &'a [f32], newest: i32, average: &'a Average, out: &'a mut [f32]) -> () {
+        let factors = &*average.factors;
         let last = factors.len() - 1;
-        // Of two numbers that are not negative the difference always fits.
+        // First where each factor is, by the vector, in the place of the factor. Of two numbers that are not negative the difference always fits.
         let queries = |position: i32| (newest - position.max(0)).max(0);
-        // First where each factor is, by the vector, in the place of the factor.
         for (out, &position) in out.iter_mut().zip(positions) {
             *out = f32::from_bits(queries(position).min(last as i32) as u32);
         }
@@ -189,15 +166,14 @@ impl Work for Fill<'_> {
         for out in rest {
             *out = factor(*out);
         }
-        if equal {
+        if average.decay >= 1.0 {
             for (out, &position) in out.iter_mut().zip(positions) {
                 *out /= queries(position).max(1) as f32;
             }
         }
         for (out, &mass) in out.iter_mut().zip(mass) {
             // What is too small for a normal number is 0, whether or not this thread's floating-point unit has it so.
-            let worth = *out * mass;
-            *out = if worth < f32::MIN_POSITIVE { 0.0 } else { worth };
+            *out = normal(*out * mass);
         }
     }
 }
@@ -211,7 +187,7 @@ mod tests {
     fn worth(score: &dyn Score, positions: &[i32], mass: &[f32], within: Range<i32>) -> Vec<f32> {
         let mut out = vec![0.0; positions.len()];
         let seen = within.end as usize;
-        let head = Head { place: Place::default(), seen, index: &[], positions, scores: [mass, &[], &[]] };
+        let head = Head { place: Place::default(), seen, positions, scores: [mass, &[], &[]] };
         score.worth(head, &within, &mut out).to_vec()
     }
 

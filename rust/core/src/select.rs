@@ -4,16 +4,17 @@
 //! those that reach it: each guess falls strictly between two that are known to take too many and too few, and replaces one of them,
 //! so the search ends. Ties are settled by position, the newer staying.
 
-/// The ordinal of what takes no part: below that of every finite float.
-pub const ABSENT: i32 = i32::MIN;
+/// The ordinal of what takes no part: above that of every finite float, so that it is never below a cut.
+pub const OUTSIDE: i32 = i32::MAX;
 
 /// An integer that compares like a finite float; -0.0 equals 0.0.
 #[inline(always)]
 #[must_use]
 pub fn ordinal(score: f32) -> i32 {
     let bits = score.to_bits() as i32;
-    let bits = if bits == i32::MIN { 0 } else { bits };
-    bits ^ ((bits >> 31) as u32 >> 1) as i32
+    // All ones for a negative one, whose other bits are its size.
+    let sign = bits >> 31;
+    (bits ^ (sign as u32 >> 1) as i32).wrapping_sub(sign)
 }
 
 /// The ordinals that take part: how many, the smallest and the largest.
@@ -37,14 +38,14 @@ pub struct Cut {
 }
 
 impl Cut {
-    /// Mark what is taken of those equal to the cut as absent; returns the ordinal that all others that are taken reach.
+    /// Put what is taken of those equal to the cut outside; returns the ordinal below which all are that were not taken.
     #[inline(always)]
     pub fn settle(self, ordinals: &mut [i32], positions: &[i32]) -> i32 {
         if self.position == i32::MIN {
             return self.ordinal;
         }
         for (ordinal, &position) in ordinals.iter_mut().zip(positions) {
-            *ordinal = if (*ordinal == self.ordinal) & (position >= self.position) { ABSENT } else { *ordinal };
+            *ordinal = if (*ordinal == self.ordinal) & (position >= self.position) { OUTSIDE } else { *ordinal };
         }
         self.ordinal + 1
     }
@@ -59,9 +60,9 @@ pub(crate) fn below(numbers: &[i32], bound: i32) -> usize {
 /// Where to cut so that `k` of the field are taken, at least one of which stays outside. `positions` settle ties.
 ///
 /// `near` is where the last search of this kind ended, which is where this one begins, as heads resemble each other: it changes the number
-/// of counts, never the result.
+/// of counts, never the result. `counted` ordinals are below it.
 #[inline(always)]
-pub fn cut(ordinals: &[i32], positions: &[i32], k: usize, field: Field, near: &mut i32) -> Cut {
+pub fn cut(ordinals: &[i32], positions: &[i32], k: usize, field: Field, near: &mut i32, counted: usize) -> Cut {
     debug_assert!(0 < k && k < field.count);
     // `low` takes `over` too many, `high` takes `under` too few.
     let (mut low, mut over) = (i64::from(field.least), field.count - k);
@@ -78,7 +79,8 @@ pub fn cut(ordinals: &[i32], positions: &[i32], k: usize, field: Field, near: &m
             _ => low + (width as f64 * to_high / (to_high + to_low)) as i64,
         };
         let guess = guess.clamp(low + 1, high - 1);
-        let count = ordinals.len() - below(ordinals, guess as i32);
+        let known = turn == 0 && guess == i64::from(*near);
+        let count = field.count - if known { counted } else { below(ordinals, guess as i32) };
         let again = if moved_low == Some(count > k) { 0.5 } else { 1.0 };
         moved_low = Some(count > k);
         if count > k {
@@ -106,30 +108,18 @@ pub fn cut(ordinals: &[i32], positions: &[i32], k: usize, field: Field, near: &m
 mod tests {
     use super::*;
     use crate::simd::tests::everywhere;
-    use crate::simd::{Lanes, Work, dispatch};
+    use crate::simd::vectorised;
 
-    struct Chosen<'a> {
-        scores: &'a [f32],
-        positions: &'a [i32],
-        k: usize,
-        near: &'a mut i32,
-    }
-
-    impl Work for Chosen<'_> {
-        type Output = Vec<usize>;
-
-        #[inline(always)]
-        fn run<L: Lanes>(self, _: L) -> Vec<usize> {
-            let Self { scores, positions, k, near } = self;
+    vectorised! {
+        fn chosen<'a>(scores: &'a [f32], positions: &'a [i32], k: usize, near: &'a mut i32) -> Vec<usize> {
             // Every seventh takes no part.
             let mut ordinals: Vec<i32> =
-                (0..scores.len()).map(|i| if i % 7 == 6 { ABSENT } else { ordinal(scores[i]) }).collect();
-            let part = || ordinals.iter().copied().filter(|&ordinal| ordinal > ABSENT);
+                (0..scores.len()).map(|i| if i % 7 == 6 { OUTSIDE } else { ordinal(scores[i]) }).collect();
+            let part = || ordinals.iter().copied().filter(|&ordinal| ordinal < OUTSIDE);
             let field = Field { count: part().count(), least: part().min().unwrap(), most: part().max().unwrap() };
-            let before = ordinals.clone();
-            let bound = cut(&ordinals, positions, k, field, near).settle(&mut ordinals, positions);
-            let stays = |i: usize| before[i] > ABSENT && (ordinals[i] == ABSENT || ordinals[i] >= bound);
-            (0..scores.len()).filter(|&i| stays(i)).collect()
+            let counted = below(&ordinals, *near);
+            let bound = cut(&ordinals, positions, k, field, near, counted).settle(&mut ordinals, positions);
+            (0..scores.len()).filter(|&i| i % 7 != 6 && ordinals[i] >= bound).collect()
         }
     }
 
@@ -148,9 +138,9 @@ mod tests {
         let naive = naive(scores, &positions, k);
         everywhere(|| {
             for mut near in nears.iter().copied() {
-                assert_eq!(dispatch(Chosen { scores, positions: &positions, k, near: &mut near }), naive);
+                assert_eq!(chosen(scores, &positions, k, &mut near), naive);
                 // And once more from where that ended.
-                assert_eq!(dispatch(Chosen { scores, positions: &positions, k, near: &mut near }), naive);
+                assert_eq!(chosen(scores, &positions, k, &mut near), naive);
             }
         });
     }
@@ -204,6 +194,6 @@ mod tests {
     fn ordinals_compare_like_floats() {
         let scores = [f32::MIN, -1.5, -1e-40, 0.0, 1e-45, 1e-40, 0.25, 3.0, f32::MAX];
         assert!(scores.windows(2).all(|pair| ordinal(pair[0]) < ordinal(pair[1])));
-        assert!(ordinal(f32::MIN) > ABSENT && ordinal(-0.0) == ordinal(0.0));
+        assert!(ordinal(f32::MAX) < OUTSIDE && ordinal(-0.0) == ordinal(0.0));
     }
 }

@@ -1,11 +1,11 @@
 //! Vector instructions, chosen when the program runs, so that one portable wheel uses what the machine has.
 //!
-//! Plain loops under [`dispatch`] are compiled once per instruction set and vectorised by the compiler. Only what it cannot do by itself,
-//! moving chosen elements side by side, is written out.
+//! Plain loops in [`vectorised`] functions are compiled once per instruction set and vectorised by the compiler. Only what it cannot do by
+//! itself, moving chosen elements side by side, is written out.
 
 use std::sync::OnceLock;
 
-use pulp::{Arch, Simd, WithSimd};
+use pulp::{Arch, NullaryFnOnce};
 
 use crate::error::{Result, fail};
 
@@ -53,84 +53,74 @@ pub fn name() -> &'static str {
     }
 }
 
-/// Vectors, and what the compiler cannot make of a plain loop by itself.
-pub(crate) trait Lanes: Copy {
-    /// Vectors of numbers.
-    type Simd: Simd;
-
-    fn simd(self) -> Self::Simd;
-
-    /// Copy of each list in `from` what has a key above the smallest number there is and below `bound`, side by side and in order, and
-    /// return how much that is. All have one length; what is behind the copies in `to` means nothing.
-    fn pack<const N: usize>(self, keys: &[i32], bound: i32, from: [&[i32]; N], to: [&mut [i32]; N]) -> usize;
+/// Run `work`, which must be `#[inline(always)]`, compiled for the widest instructions there are.
+pub(crate) fn dispatch<W: NullaryFnOnce>(work: W) -> W::Output {
+    arch().dispatch(work)
 }
 
-/// As [`Lanes::pack`], from the `first` one on, `count` having been copied of those before.
-#[inline(always)]
-fn pack_from<const N: usize>(
-    first: usize,
+/// A function that is compiled for each instruction set; what it calls in loops must be `#[inline(always)]`.
+macro_rules! vectorised {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident<$life:lifetime>($($arg:ident: $type:ty),+ $(,)?) -> $out:ty $body:block) => {
+        $(#[$meta])*
+        $vis fn $name<$life>($($arg: $type),+) -> $out {
+            struct Work<$life>($($type,)+ std::marker::PhantomData<&$life ()>);
+            impl<$life> pulp::NullaryFnOnce for Work<$life> {
+                type Output = $out;
+
+                #[inline(always)]
+                fn call(self) -> $out {
+                    let Self($($arg,)+ _) = self;
+                    $body
+                }
+            }
+            $crate::simd::dispatch(Work($($arg,)+ std::marker::PhantomData))
+        }
+    };
+}
+pub(crate) use vectorised;
+
+/// The arguments of [`pack`].
+struct Pack<'a, const N: usize> {
+    keys: &'a [i32],
+    bound: i32,
+    index: &'a mut [i32],
+    from: [&'a [i32]; N],
+    to: [&'a mut [i32]; N],
+}
+
+/// Move side by side, in order, the numbers of all `keys` below `bound` into `index`, and those entries of each list in `from` into `to`,
+/// and return how many that is. All have one length; what is behind the copies means nothing.
+pub(crate) fn pack<const N: usize>(
     keys: &[i32],
     bound: i32,
+    index: &mut [i32],
     from: [&[i32]; N],
-    to: &mut [&mut [i32]; N],
-    mut count: usize,
+    to: [&mut [i32]; N],
 ) -> usize {
-    for (i, &key) in keys.iter().enumerate().skip(first) {
-        // Always written, kept only if it is meant: no branch to predict.
-        for list in 0..N {
-            to[list][count] = from[list][i];
-        }
-        count += usize::from((key > i32::MIN) & (key < bound));
-    }
-    count
-}
-
-/// Work compiled for each instruction set.
-pub(crate) trait Work {
-    /// What comes out.
-    type Output;
-
-    /// Do it; mark it `#[inline(always)]`, and everything it calls in loops.
-    fn run<L: Lanes>(self, lanes: L) -> Self::Output;
-}
-
-/// Any machine.
-#[derive(Clone, Copy)]
-struct Portable<S>(S);
-
-impl<S: Simd> Lanes for Portable<S> {
-    type Simd = S;
-
-    #[inline(always)]
-    fn simd(self) -> S {
-        self.0
-    }
-
-    #[inline(always)]
-    fn pack<const N: usize>(self, keys: &[i32], bound: i32, from: [&[i32]; N], mut to: [&mut [i32]; N]) -> usize {
-        pack_from(0, keys, bound, from, &mut to, 0)
-    }
-}
-
-struct With<W>(W);
-
-impl<W: Work> WithSimd for With<W> {
-    type Output = W::Output;
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) -> W::Output {
-        self.0.run(Portable(simd))
-    }
-}
-
-/// Run `work` with the widest instructions there are.
-pub(crate) fn dispatch<W: Work>(work: W) -> W::Output {
+    let n = keys.len();
+    let (index, from, to) = (&mut index[..n], from.map(|list| &list[..n]), to.map(|list| &mut list[..n]));
+    let mut work = Pack { keys, bound, index, from, to };
     match arch() {
         #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
-        Arch::V4(simd) => simd.vectorize(avx2::With(work, simd, *simd)),
+        Arch::V4(simd) => simd.vectorize(avx2::Eights(work, *simd)),
         #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
-        Arch::V3(simd) => simd.vectorize(avx2::With(work, simd, simd)),
-        other => other.dispatch(With(work)),
+        Arch::V3(simd) => simd.vectorize(avx2::Eights(work, simd)),
+        _ => work.one_by_one(0, 0),
+    }
+}
+
+impl<const N: usize> Pack<'_, N> {
+    /// From the `first` key on, `count` having been moved before.
+    fn one_by_one(&mut self, first: usize, mut count: usize) -> usize {
+        for (i, &key) in self.keys.iter().enumerate().skip(first) {
+            // Always written, kept only if it is meant: no branch to predict.
+            self.index[count] = i as i32;
+            for list in 0..N {
+                self.to[list][count] = self.from[list][i];
+            }
+            count += usize::from(key < self.bound);
+        }
+        count
     }
 }
 
@@ -138,23 +128,11 @@ pub(crate) fn dispatch<W: Work>(work: W) -> W::Output {
 mod avx2 {
     //! x86 with AVX2, or more.
 
-    use pulp::{NullaryFnOnce, Simd, x86::V3};
+    use pulp::{NullaryFnOnce, x86::V3};
 
-    use super::{Lanes, Work, pack_from};
+    use super::Pack;
 
-    pub(super) struct With<W, S>(pub(super) W, pub(super) S, pub(super) V3);
-
-    impl<W: Work, S: Simd> NullaryFnOnce for With<W, S> {
-        type Output = W::Output;
-
-        #[inline(always)]
-        fn call(self) -> W::Output {
-            self.0.run(Avx2(self.1, self.2))
-        }
-    }
-
-    #[derive(Clone, Copy)]
-    struct Avx2<S>(S, V3);
+    pub(super) struct Eights<'a, const N: usize>(pub(super) Pack<'a, N>, pub(super) V3);
 
     /// For every set of eight lanes the lanes that are in it, a byte each, first ones lowest.
     static MEMBERS: [i64; 256] = {
@@ -174,39 +152,33 @@ mod avx2 {
         table
     };
 
-    impl<S: Simd> Lanes for Avx2<S> {
-        type Simd = S;
+    impl<const N: usize> NullaryFnOnce for Eights<'_, N> {
+        type Output = usize;
 
         #[inline(always)]
-        fn simd(self) -> S {
-            self.0
-        }
-
-        #[inline(always)]
-        fn pack<const N: usize>(self, keys: &[i32], bound: i32, from: [&[i32]; N], to: [&mut [i32]; N]) -> usize {
-            let V3 { avx, avx2, .. } = self.1;
-            let (from, mut to) = (from.map(|list| &list[..keys.len()]), to.map(|list| &mut list[..keys.len()]));
-            let whole = keys.len() / 8;
-            let eights = from.map(|list| &list.as_chunks::<8>().0[..whole]);
-            let room = keys.len().saturating_sub(8);
-            let (least, bounds) = (avx._mm256_set1_epi32(i32::MIN), avx._mm256_set1_epi32(bound));
-            let mut count = 0;
-            for (i, &keys) in keys.as_chunks::<8>().0[..whole].iter().enumerate() {
-                let meant = avx2._mm256_and_si256(
-                    avx2._mm256_cmpgt_epi32(pulp::cast(keys), least),
-                    avx2._mm256_cmpgt_epi32(bounds, pulp::cast(keys)),
-                );
+        fn call(self) -> usize {
+            let Self(mut work, V3 { avx, avx2, .. }) = self;
+            let Pack { keys, bound, index, from, to } = &mut work;
+            let (keys, _) = keys.as_chunks::<8>();
+            let from = from.each_ref().map(|list| list.as_chunks::<8>().0);
+            let (bounds, mut numbers) = (avx._mm256_set1_epi32(*bound), avx._mm256_set1_epi32(0));
+            let (eight, mut count) = (avx._mm256_set1_epi32(8), 0);
+            for (i, &keys) in keys.iter().enumerate() {
+                let meant = avx2._mm256_cmpgt_epi32(bounds, pulp::cast(keys));
                 let set = avx._mm256_movemask_ps(avx._mm256_castsi256_ps(meant)) as usize & 255;
                 let members = avx2._mm256_cvtepu8_epi32(pulp::cast([MEMBERS[set], 0]));
-                // Eight are written, whatever is meant. There is room, as no more were written than read; saying so spares checks.
-                let at = count.min(room);
+                // Eight are written, whatever is meant: no more were moved than read, so there is room.
+                let own = avx2._mm256_add_epi32(members, numbers);
+                index[count..count + 8].copy_from_slice(&pulp::cast::<_, [i32; 8]>(own));
                 for list in 0..N {
-                    let packed = avx2._mm256_permutevar8x32_epi32(pulp::cast(eights[list][i]), members);
-                    to[list][at..at + 8].copy_from_slice(&pulp::cast::<_, [i32; 8]>(packed));
+                    let packed = avx2._mm256_permutevar8x32_epi32(pulp::cast(from[list][i]), members);
+                    to[list][count..count + 8].copy_from_slice(&pulp::cast::<_, [i32; 8]>(packed));
                 }
+                numbers = avx2._mm256_add_epi32(numbers, eight);
                 count += set.count_ones() as usize;
             }
-            pack_from(8 * whole, keys, bound, from, &mut to, count)
+            let whole = 8 * keys.len();
+            work.one_by_one(whole, count)
         }
     }
 }
@@ -231,34 +203,22 @@ pub(crate) mod tests {
         SCALAR.set(false);
     }
 
-    struct Pack<'a>(&'a [i32], i32, [&'a [i32]; 2]);
-
-    impl Work for Pack<'_> {
-        type Output = [Vec<i32>; 2];
-
-        #[inline(always)]
-        fn run<L: Lanes>(self, lanes: L) -> Self::Output {
-            let [mut a, mut b] = self.2.map(|list| vec![7; list.len()]);
-            let count = lanes.pack(self.0, self.1, self.2, [&mut a, &mut b]);
-            [a, b].map(|mut list| {
-                list.truncate(count);
-                list
-            })
-        }
-    }
-
     #[test]
     fn packing_agrees_with_a_filter() {
         for len in [0, 1, 7, 8, 9, 17, 64, 131] {
             for bound in [i32::MIN, -3, 0, 20, 96, i32::MAX] {
-                let keys: Vec<i32> = (0..len).map(|i| if i % 5 == 3 { i32::MIN } else { i * 7919 % 101 - 4 }).collect();
-                let lists: [Vec<i32>; 2] = [(0..len).collect(), (0..len).map(|i| -i * i).collect()];
-                let lists = lists.each_ref().map(|list| &list[..]);
-                let kept = |list: &[i32]| -> Vec<i32> {
-                    let meant = |key: i32| key != i32::MIN && key < bound;
-                    list.iter().zip(&keys).filter(|&(_, &key)| meant(key)).map(|(&value, _)| value).collect()
+                let keys: Vec<i32> = (0..len).map(|i| if i % 5 == 3 { i32::MAX } else { i * 7919 % 101 - 4 }).collect();
+                let lists: [Vec<i32>; 3] =
+                    [(0..len).collect(), (0..len).rev().collect(), (0..len).map(|i| -i * i).collect()];
+                let kept = |list: &Vec<i32>| -> Vec<i32> {
+                    list.iter().zip(&keys).filter(|&(_, &key)| key < bound).map(|(&value, _)| value).collect()
                 };
-                everywhere(|| assert_eq!(dispatch(Pack(&keys, bound, lists)), lists.map(kept)));
+                everywhere(|| {
+                    let [mut index, mut a, mut b] = lists.each_ref().map(|list| vec![7; list.len()]);
+                    let count = pack(&keys, bound, &mut index, [&lists[1], &lists[2]], [&mut a, &mut b]);
+                    let packed = [index, a, b].map(|list| list[..count].to_vec());
+                    assert_eq!(packed, lists.each_ref().map(kept));
+                });
             }
         }
     }

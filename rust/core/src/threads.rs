@@ -5,7 +5,6 @@
 //! thread always works itself, has helpers of its own, and takes back what none of them has begun: where the cores are busy with other
 //! work it waits for nobody. Every item is independent, so results do not depend on the thread count.
 
-use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
@@ -126,16 +125,13 @@ where
             }
         }
     };
-    pool.install(|| spread(0..threads, &drain));
-}
-
-/// Run `work` for every number here, and on as many threads in all as come to take one; on this one again for those that did not.
-fn spread(numbers: Range<usize>, work: &(impl Fn(usize) + Sync)) {
-    if numbers.len() < 2 {
-        return work(numbers.start);
-    }
-    let half = numbers.start + numbers.len().div_ceil(2);
-    rayon::join(|| spread(numbers.start..half, work), || spread(half..numbers.end, work));
+    pool.in_place_scope(|scope| {
+        for helper in 1..threads {
+            let drain = &drain;
+            scope.spawn(move |_| drain(helper));
+        }
+        drain(0);
+    });
 }
 
 #[cfg(test)]

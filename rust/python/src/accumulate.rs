@@ -1,14 +1,13 @@
 //! `accumulate`: attention probabilities into mass and peak.
 
-use dlpark::DlpackElement;
-use liquidfusion_core::accumulate::{self as core, Decay, Element, Looks};
+use liquidfusion_core::accumulate::{self as core, Decay, Looks};
 use liquidfusion_core::threads;
 use liquidfusion_core::view::{View, ViewMut};
 use pyo3::prelude::*;
 
 use crate::args::{float, ints, optional_int};
-use crate::error::{config_error, raise, released, tensor_error};
-use crate::tensor::{Access, AnyTensor, Tensor, disjoint, dtype_name};
+use crate::error::{config_error, raise, released};
+use crate::tensor::{Access, Tensor, disjoint};
 
 /// Add one call's attention probabilities to mass and peak.
 #[pyfunction]
@@ -27,7 +26,8 @@ pub(crate) fn accumulate(
     threads: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<()> {
     const SCORES: &str = "[batch, kv_heads, columns]";
-    let probabilities = AnyTensor::import("probabilities", probabilities, Access::Read)?;
+    const PROBABILITIES: &str = "[batch, kv_heads, group, queries, columns]";
+    let probabilities = Tensor::import("probabilities", PROBABILITIES, probabilities, Access::Read)?;
     let weights = weights.map(|w| Tensor::import("weights", SCORES, w, Access::Read)).transpose()?;
     let call = Call {
         ages: Tensor::import("ages", "[batch, queries]", ages, Access::Read)?,
@@ -38,15 +38,7 @@ pub(crate) fn accumulate(
         decay: Decay { mass: float("mass_decay", mass_decay)?, peak: float("peak_decay", peak_decay)? },
         threads: threads::resolve(optional_int("threads", threads)?).map_err(|error| raise(py, error))?,
     };
-    match probabilities.dtype {
-        t if t.is::<f32>() => call.run::<f32>(py, probabilities),
-        t if t.is::<half::bf16>() => call.run::<half::bf16>(py, probabilities),
-        t if t.is::<half::f16>() => call.run::<half::f16>(py, probabilities),
-        t => {
-            let text = format!("probabilities must be float32, bfloat16 or float16, got {}", dtype_name(t));
-            Err(tensor_error(py, text))
-        }
-    }
+    call.run(py, &probabilities)
 }
 
 fn elapsed_of(elapsed: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
@@ -68,9 +60,7 @@ struct Call {
 }
 
 impl Call {
-    fn run<T: Element + DlpackElement>(mut self, py: Python<'_>, probabilities: AnyTensor) -> PyResult<()> {
-        let probabilities =
-            probabilities.typed::<T, 5>(py, "probabilities", "[batch, kv_heads, group, queries, columns]")?;
+    fn run(mut self, py: Python<'_>, probabilities: &Tensor<f32, 5>) -> PyResult<()> {
         let written = [("mass", self.mass.span()), ("peak", self.peak.span())];
         disjoint(py, &written)?;
         let mut read = vec![("probabilities", probabilities.span()), ("ages", self.ages.span())];

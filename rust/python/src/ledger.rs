@@ -237,8 +237,12 @@ impl PyLedger {
         let mut out = Tensor::<i32, 4>::import("out", SLOTS, out, Access::Write)?;
         let state = self.lock(py);
         let state = &*state;
+        let Shape { layers, rows: all, kv_heads, slots } = state.ledger.shape();
+        let count = rows.as_ref().map_or(all, Vec::len);
+        out.expect(py, "out", [layers, count, kv_heads, slots])?;
         let shape = out.shape();
-        released(py, || state.ledger.queues(rows.as_deref(), &mut ViewMut::new("out", out.slice_mut(), shape)?))
+        let skip = vec![0; count];
+        released(py, || state.ledger.peek(&skip, rows.as_deref(), &mut ViewMut::new("out", out.slice_mut(), shape)?))
     }
 
     /// Take over saved queues and counters of some rows (None: all); the bound tensors already hold what was saved.

@@ -1,10 +1,12 @@
 //! A call of the model from its first to its last step: the slots that are overwritten now, and those that are next.
 
-use super::{Call, Failure, Ledger, Ring, SCRATCH, Shape, Slots, WORTH_THREADS, at, needed, score_error, wrap};
-use crate::decide::{Rule, Scratch, Shown};
+use super::{
+    Call, Failure, Ledger, Ring, SCRATCH, Shape, Slots, WORTH_THREADS, at, needed, per_row, score_error, wrap,
+};
+use crate::decide::{Decided, Rule, Shown};
 use crate::error::{Result, fail};
 use crate::head::Place;
-use crate::simd::{self, Lanes, Work};
+use crate::simd::vectorised;
 use crate::split::MOST_TOKENS;
 use crate::threads;
 use crate::view::{View, ViewMut};
@@ -28,9 +30,7 @@ impl Ledger {
         }
         let rows = self.chosen_rows(rows)?;
         out.expect("slots", [layers, rows.len(), kv_heads])?;
-        if lengths.len() != rows.len() {
-            fail!(Tensor, "lengths must have one entry per row, {}, got {}", rows.len(), lengths.len());
-        }
+        per_row("lengths", lengths, &rows)?;
         let mut new = Vec::with_capacity(rows.len());
         for (i, (&length, &row)) in lengths.iter().zip(&rows).enumerate() {
             let most = MOST_TOKENS - self.seen[row];
@@ -51,27 +51,37 @@ impl Ledger {
                 continue;
             }
             for (kv_head, slot) in out.iter_mut().enumerate() {
-                let here = self.shape.of(self.shape.head(Place { layer, row, kv_head }));
-                let chosen = self.queues[here.start + self.rings[row].start];
-                *slot = i64::from(chosen);
-                let taken = here.start + chosen as usize;
-                self.evictions += u64::from(slots.positions[taken] >= 0);
-                slots.clear(taken..taken + 1);
-                slots.positions[taken] = self.seen[row] as i32;
+                *slot = i64::from(self.take(slots, self.shape.head(Place { layer, row, kv_head }), row, 0));
             }
         }
         for (&row, &n) in rows.iter().zip(&new) {
-            if n == 1 {
-                let Ring { start, len } = self.rings[row];
-                self.rings[row] = Ring { start: wrap(start + 1, per_head), len: len - 1 };
-            }
-            self.seen[row] += n;
+            self.pass(row, n, usize::from(n == 1));
         }
-        if let Some(average) = &mut self.average {
-            average.cover(rows.iter().map(|&row| self.seen[row]).max().unwrap_or(0));
-        }
-        self.call = Some(Call { rows, lengths: new, decided: vec![false; layers] });
+        let mut own = vec![None; self.shape.rows];
+        rows.iter().enumerate().for_each(|(i, &row)| own[row] = Some(i));
+        self.call = Some(Call { rows, own, lengths: new, decided: vec![false; layers] });
         Ok(())
+    }
+
+    /// Give the slot that is `step` further on in a head's queue to the row's next token but so many, with scores of 0.
+    pub(super) fn take(&mut self, slots: &mut Slots<'_>, head: usize, row: usize, step: usize) -> i32 {
+        let here = self.shape.of(head);
+        let slot = self.queues[here.start + wrap(self.rings[row].start + step, self.shape.slots)];
+        let taken = here.start + slot as usize;
+        self.evictions += u64::from(slots.positions[taken] >= 0);
+        slots.clear(taken..taken + 1);
+        slots.positions[taken] = (self.seen[row] + step) as i32;
+        slot
+    }
+
+    /// Count a row's `new` tokens, for which so many slots were `taken`.
+    pub(super) fn pass(&mut self, row: usize, new: usize, taken: usize) {
+        let Ring { start, len } = self.rings[row];
+        self.rings[row] = Ring { start: wrap(start + taken, self.shape.slots), len: len - taken };
+        self.seen[row] += new;
+        if let Some(average) = &mut self.average {
+            average.cover(self.seen[row]);
+        }
     }
 
     /// End a call: rows whose queue holds no more than an interval of slots choose their next victims. Returns how many were chosen.
@@ -109,11 +119,7 @@ impl Ledger {
     fn choose(&mut self, slots: &Slots<'_>, distinct: Option<&[f32]>, rings: &[Ring], due: &[usize]) -> Result<()> {
         let Self { spec, shape, seen, average, queues, call, .. } = self;
         let (spec, shape) = (&*spec, *shape);
-        let rows = call.as_ref().map_or(&[][..], |call| &call.rows);
-        let mut own = vec![0; shape.rows]; // index of each row in the call
-        for (i, &row) in rows.iter().enumerate() {
-            own[row] = i;
-        }
+        let Some(Call { rows, own, .. }) = call else { fail!(Cache, "finish must come after begin") };
         if spec.distinct() && distinct.is_none() {
             fail!(Tensor, "{} needs distinct, got None", spec.strategy().name);
         }
@@ -132,20 +138,23 @@ impl Ledger {
                 scores.map_or(&[][..], |(mass, _)| &mass[here.clone()]),
                 scores.map_or(&[][..], |(_, peak)| &peak[here.clone()]),
                 distinct.map_or(&[][..], |distinct| {
-                    let pair = (place.layer * rows.len() + own[place.row]) * shape.kv_heads + place.kv_head;
+                    let row = own[place.row].unwrap_or_default();
+                    let pair = (place.layer * rows.len() + row) * shape.kv_heads + place.kv_head;
                     &distinct[pair * shape.slots..][..shape.slots]
                 }),
             ];
-            let Ring { start, len } = rings[place.row];
+            let (ring, due) = (rings[place.row], due[place.row]);
             let shown = Shown { place, seen: seen[place.row], stored: &positions[here], columns: &[], scores };
             SCRATCH.with_borrow_mut(|scratch| {
-                let queued = (0..len).map(|i| queue[wrap(start + i, shape.slots)]);
-                let victims = victims(scratch, shown, queued, &rule, due[place.row]);
-                match victims {
+                let [a, b] = ring.parts(shape.slots);
+                let decided = scratch.decide(shown, [&queue[a], &queue[b]], Some(&rule));
+                match decided.map_err(|bad| score_error(place, bad)).and_then(|decided| victims(place, decided, due)) {
                     Ok(victims) => {
-                        for (i, slot) in (len..).zip(victims) {
-                            queue[wrap(start + i, shape.slots)] = slot;
-                        }
+                        let [a, b] =
+                            Ring { start: wrap(ring.start + ring.len, shape.slots), len: due }.parts(shape.slots);
+                        let (first, second) = victims.split_at(a.len());
+                        queue[a].copy_from_slice(first);
+                        queue[b].copy_from_slice(second);
                     }
                     Err(error) => failure.note(head, error),
                 }
@@ -156,56 +165,39 @@ impl Ledger {
 }
 
 /// The slots that a head gives up next, oldest first.
-fn victims(
-    scratch: &mut Scratch,
-    shown: Shown<'_>,
-    queued: impl Iterator<Item = i32>,
-    rule: &Rule<'_>,
-    due: usize,
-) -> Result<Vec<i32>> {
-    let place = shown.place;
-    let [slots, positions] = scratch.decide(shown, queued, Some(rule)).map_err(|bad| score_error(place, bad))?;
-    if slots.len() != due {
-        let n = slots.len();
+fn victims(place: Place, Decided { dropped, positions, .. }: Decided<'_>, due: usize) -> Result<&[i32]> {
+    if dropped.len() != due {
+        let n = dropped.len();
         fail!(Cache, "{} offers {n} victims where {due} are due: positions were changed from outside", at(place));
     }
-    Ok(simd::dispatch(Order { slots, positions }))
+    oldest_first(dropped, positions);
+    Ok(dropped)
 }
 
 /// As many victims are compared with each other rather than sorted.
 const FEW: usize = 64;
 
-/// Put slots in the order of their positions.
-struct Order<'a> {
-    slots: &'a [i32],
-    positions: &'a [i32],
-}
-
-impl Work for Order<'_> {
-    type Output = Vec<i32>;
-
-    #[inline(always)]
-    fn run<L: Lanes>(self, _: L) -> Vec<i32> {
-        let Self { slots, positions } = self;
+vectorised! {
+    /// Put slots in the order of their positions.
+    fn oldest_first<'a>(slots: &'a mut [i32], positions: &'a [i32]) -> () {
         let n = slots.len();
         if n <= FEW {
             let (mut own, mut older) = ([0; FEW], [0u32; FEW]);
-            own[..n].copy_from_slice(positions);
-            for &other in positions {
+            own.iter_mut().zip(&*slots).for_each(|(own, &slot)| *own = positions[slot as usize]);
+            for &other in &own[..n] {
                 for (older, &own) in older.iter_mut().zip(&own) {
                     *older += u32::from(other < own);
                 }
             }
             // One of every two is older, unless they are equally old, which in a sound ledger none are.
             if older[..n].iter().sum::<u32>() as usize == n * n.saturating_sub(1) / 2 {
-                let mut ordered = vec![0; n];
+                let mut ordered = [0; FEW];
                 slots.iter().zip(older).for_each(|(&slot, older)| ordered[older as usize] = slot);
-                return ordered;
+                slots.copy_from_slice(&ordered[..n]);
+                return;
             }
         }
-        let mut order: Vec<_> = positions.iter().zip(slots).collect();
-        order.sort_unstable();
-        order.into_iter().map(|(_, &slot)| slot).collect()
+        slots.sort_unstable_by_key(|&slot| (positions[slot as usize], slot));
     }
 }
 
@@ -219,11 +211,14 @@ mod tests {
         for n in [0, 1, 5, 63, 64, 65, 200] {
             let slots: Vec<i32> = (0..n).map(|i| 2 * i + 1).collect();
             // Some in one place, which no sound ledger has.
-            let positions: Vec<i32> = (0..n).map(|i| i * 7919 % 1_000_003 % 150).collect();
-            let mut naive: Vec<_> = positions.iter().zip(&slots).collect();
-            naive.sort();
-            let naive: Vec<i32> = naive.into_iter().map(|(_, &slot)| slot).collect();
-            everywhere(|| assert_eq!(simd::dispatch(Order { slots: &slots, positions: &positions }), naive));
+            let positions: Vec<i32> = (0..2 * n).map(|i| i * 7919 % 1_000_003 % 150).collect();
+            let mut naive = slots.clone();
+            naive.sort_by_key(|&slot| (positions[slot as usize], slot));
+            everywhere(|| {
+                let mut ordered = slots.clone();
+                oldest_first(&mut ordered, &positions);
+                assert_eq!(ordered, naive);
+            });
         }
     }
 }

@@ -1,9 +1,10 @@
 //! Calls that bring a row two tokens or more: which of the stored and the new ones stay.
 
 use super::{Call, Failure, Ledger, Place, SCRATCH, Shape, Slots, WORTH_THREADS, at, needed, score_error};
-use crate::decide::{Rule, Shown};
+use crate::decide::{Decided, Rule, Shown};
 use crate::error::{Result, fail};
 use crate::head::{DISTINCT, Scores};
+use crate::simd::pack;
 use crate::threads;
 use crate::view::{View, ViewMut};
 
@@ -138,24 +139,20 @@ impl Ledger {
         let rule = Rule { split: self.spec.split(stored.len()), adaptive: self.spec.adaptive(), heavy: &*heavy };
         let shown = Shown { place, seen, stored, columns, scores };
         SCRATCH.with_borrow_mut(|scratch| {
-            let dropped = scratch.decide(shown, std::iter::empty(), full.then_some(&rule));
-            let [dropped, _] = dropped.map_err(|bad| score_error(place, bad))?;
-            // The oldest of the columns that stay goes into the first slot that is free.
-            let (of_slots, of_columns) = dropped.split_at(dropped.partition_point(|&i| (i as usize) < stored.len()));
-            let (mut staying, mut next) = (Vec::with_capacity(stored.len()), 0);
-            for dropped in of_columns.iter().map(|&i| i as usize - stored.len()).chain([columns.len()]) {
-                while next < dropped {
-                    if columns[next] >= 0 {
-                        staying.push(next as i32);
-                    }
-                    next += 1;
-                }
-                next += 1;
+            let decided = scratch.decide(shown, [&[]; 2], full.then_some(&rule));
+            let Decided { dropped, positions, room } = decided.map_err(|bad| score_error(place, bad))?;
+            for &i in dropped.iter() {
+                positions[i as usize] = -1;
             }
-            let (mut of_slots, mut staying) = (of_slots.iter().peekable(), staying.into_iter());
-            for ((slot, source), &position) in (0..).zip(source).zip(stored) {
-                let free = of_slots.next_if_eq(&&slot).is_some() || position < 0;
-                *source = if free { staying.next().unwrap_or(-1) } else { -1 };
+            // The oldest of the columns that stay goes into the first slot that is free.
+            let (slots, columns) = positions.split_at_mut(stored.len());
+            for position in columns.iter_mut() {
+                *position = !*position;
+            }
+            let count = pack(columns, 0, room, [], []);
+            let mut staying = room[..count].iter().copied();
+            for (source, &position) in source.iter_mut().zip(&*slots) {
+                *source = if position < 0 { staying.next().unwrap_or(-1) } else { -1 };
             }
             Ok(())
         })
@@ -170,15 +167,10 @@ impl Ledger {
         known: ChunkScores<'_>,
         source: &mut ViewMut<'_, i32, 3>,
     ) {
-        let Some(Call { rows, lengths, .. }) = &self.call else { return };
+        let Some(Call { rows, own, lengths, .. }) = &self.call else { return };
         let Shape { kv_heads, slots: per_head, .. } = self.shape;
         let n = plan.columns.len() / rows.len().max(1);
         let threads = self.chunk_threads(rows.len(), n);
-        // Of each of the ledger's rows the row of the call.
-        let mut of_call = vec![None; self.shape.rows];
-        for (i, &row) in rows.iter().enumerate() {
-            of_call[row] = (lengths[i] > 1).then_some(i);
-        }
         let of_layer =
             layer * self.shape.rows * kv_heads * per_head..(layer + 1) * self.shape.rows * kv_heads * per_head;
         let mut targets: Vec<Option<[&mut [f32]; 2]>> = match &mut slots.scores {
@@ -192,7 +184,8 @@ impl Ledger {
             .zip(self.queues[of_layer].chunks_exact_mut(per_head))
             .zip(&mut targets)
             .enumerate()
-            .filter_map(|(i, head)| of_call[i / kv_heads].map(|row| (row, row * kv_heads + i % kv_heads, head)));
+            .filter_map(|(i, head)| own[i / kv_heads].map(|row| (row, row * kv_heads + i % kv_heads, head)))
+            .filter(|&(row, ..)| lengths[row] > 1);
         threads::for_each(threads, heads, |(row, i, ((positions, queue), targets))| {
             let source = &plan.source[i * per_head..][..per_head];
             let columns = &plan.columns[row * n..][..n];
@@ -234,15 +227,6 @@ impl Ledger {
 }
 
 fn check_ranks(row: usize, ranks: &[i32], len: usize) -> Result<()> {
-    // As a rule padding comes first or last, which is seen at a glance.
-    let first = ranks.iter().position(|&rank| rank >= 0).unwrap_or(0);
-    if let Some((numbered, behind)) = ranks[first..].split_at_checked(len) {
-        let wrong = (numbered.iter().zip(0..)).fold(0, |wrong, (&rank, due)| wrong | (rank ^ due));
-        let not_padding = ranks[..first].iter().chain(behind).fold(0, |wrong, &rank| wrong | !rank);
-        if wrong | not_padding == 0 {
-            return Ok(());
-        }
-    }
     let mut next = 0;
     for &rank in ranks {
         match usize::try_from(rank) {

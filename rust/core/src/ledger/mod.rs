@@ -94,6 +94,8 @@ impl Slots<'_> {
 struct Call {
     /// The ledger's row of each row of the call.
     rows: Vec<usize>,
+    /// The row of the call of each of the ledger's rows, if it takes part.
+    own: Vec<Option<usize>>,
     /// Real tokens that each row of the call brought.
     lengths: Vec<usize>,
     /// Layers whose chunk was decided.
@@ -103,9 +105,7 @@ struct Call {
 impl Call {
     /// Real tokens that a row of the ledger gets.
     fn length(&self, row: usize) -> usize {
-        // As a rule all rows take part, in order.
-        let own = if self.rows.get(row) == Some(&row) { Some(row) } else { self.rows.iter().position(|&r| r == row) };
-        own.map_or(0, |i| self.lengths[i])
+        self.own[row].map_or(0, |i| self.lengths[i])
     }
 }
 
@@ -114,6 +114,14 @@ impl Call {
 struct Ring {
     start: usize,
     len: usize,
+}
+
+impl Ring {
+    /// Where it is in a queue of so many entries, in its order.
+    fn parts(self, slots: usize) -> [std::ops::Range<usize>; 2] {
+        let end = self.start + self.len;
+        [self.start..end.min(slots), 0..end.saturating_sub(slots)]
+    }
 }
 
 /// Reuse queues and counters.
@@ -199,9 +207,7 @@ impl Ledger {
         let Shape { layers, kv_heads, .. } = self.shape;
         let (rows, n) = (self.chosen_rows(rows)?, out.shape()[3]);
         out.expect("out", [layers, rows.len(), kv_heads, n])?;
-        if skip.len() != rows.len() {
-            fail!(Tensor, "skip must have one entry per row, {}, got {}", rows.len(), skip.len());
-        }
+        per_row("skip", skip, &rows)?;
         if let Some(bad) = skip.iter().find(|&&s| s < 0) {
             fail!(Config, "skip must not be negative, got {bad}");
         }
@@ -217,13 +223,6 @@ impl Ledger {
             }
         }
         Ok(())
-    }
-
-    /// Copy the queues of some rows (`None`: all) into `out` (`[layers, rows, kv_heads, slots]`), padded with -1.
-    pub fn queues(&self, rows: Option<&[i64]>, out: &mut ViewMut<'_, i32, 4>) -> Result<()> {
-        let count = rows.map_or(self.shape.rows, <[i64]>::len);
-        out.expect("out", [self.shape.layers, count, self.shape.kv_heads, self.shape.slots])?;
-        self.peek(&vec![0; count], rows, out)
     }
 
     fn check_slots(&self, slots: &Slots<'_>) -> Result<()> {
@@ -246,10 +245,10 @@ impl Ledger {
     }
 
     /// The queue of one head.
-    fn queue(&self, head: usize) -> impl ExactSizeIterator<Item = i32> {
-        let Ring { start, len } = self.ring(self.shape.place(head).row);
+    fn queue(&self, head: usize) -> impl Iterator<Item = i32> {
         let entries = &self.queues[self.shape.of(head)];
-        (0..len).map(move |i| entries[wrap(start + i, entries.len())])
+        let parts = self.ring(self.shape.place(head).row).parts(entries.len());
+        parts.into_iter().flat_map(|part| &entries[part]).copied()
     }
 
     /// A row's ring, as a chunk of the running call leaves it.
@@ -292,6 +291,13 @@ impl Ledger {
             _ => fail!(Config, "{name} must be from 0 to {}, got {value}", self.shape.rows - 1),
         }
     }
+}
+
+fn per_row(name: &str, values: &[i64], rows: &[usize]) -> Result<()> {
+    if values.len() != rows.len() {
+        fail!(Tensor, "{name} must have one entry per row, {}, got {}", rows.len(), values.len());
+    }
+    Ok(())
 }
 
 fn wrap(i: usize, len: usize) -> usize {

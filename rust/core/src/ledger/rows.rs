@@ -1,6 +1,6 @@
 //! Rows as a whole: emptied, copied, put in another order, taken over from elsewhere, or given more slots.
 
-use super::{Ledger, Place, Ring, Shape, Slots, at, wrap};
+use super::{Ledger, Place, Ring, Shape, Slots, at, per_row};
 use crate::error::{Result, fail};
 use crate::split::MOST_TOKENS;
 use crate::view::View;
@@ -22,9 +22,7 @@ impl Ledger {
         self.idle("advance")?;
         self.check_slots(slots)?;
         let rows = self.chosen_rows(rows)?;
-        if steps.len() != rows.len() {
-            fail!(Tensor, "steps must have one entry per row, {}, got {}", rows.len(), steps.len());
-        }
+        per_row("steps", steps, &rows)?;
         let interval = if self.spec.strategy().bounded { self.spec.interval() } else { 0 };
         let mut counts = Vec::with_capacity(rows.len());
         for (i, (&count, &row)) in steps.iter().zip(&rows).enumerate() {
@@ -35,22 +33,12 @@ impl Ledger {
             }
         }
         for (&row, &count) in rows.iter().zip(&counts) {
-            let Ring { start, len } = self.rings[row];
             for head in self.heads_of(row) {
-                let here = self.shape.of(head);
                 for step in 0..count {
-                    let chosen = self.queues[here.start + wrap(start + step, self.shape.slots)];
-                    let taken = here.start + chosen as usize;
-                    self.evictions += u64::from(slots.positions[taken] >= 0);
-                    slots.clear(taken..taken + 1);
-                    slots.positions[taken] = (self.seen[row] + step) as i32;
+                    self.take(slots, head, row, step);
                 }
             }
-            self.rings[row] = Ring { start: wrap(start + count, self.shape.slots), len: len - count };
-            self.seen[row] += count;
-        }
-        if let Some(average) = &mut self.average {
-            average.cover(rows.iter().map(|&row| self.seen[row]).max().unwrap_or(0));
+            self.pass(row, count, count);
         }
         Ok(())
     }
@@ -141,9 +129,7 @@ impl Ledger {
         let Shape { layers, kv_heads, slots, .. } = self.shape;
         let rows = self.chosen_rows(rows)?;
         queues.expect("queues", [layers, rows.len(), kv_heads, slots])?;
-        if seen.len() != rows.len() {
-            fail!(Tensor, "seen must have one entry per row, {}, got {}", rows.len(), seen.len());
-        }
+        per_row("seen", seen, &rows)?;
         let bounded = self.spec.strategy().bounded;
         let mut counts = Vec::with_capacity(rows.len());
         for (i, &value) in seen.iter().enumerate() {
