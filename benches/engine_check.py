@@ -154,6 +154,7 @@ def main(argv: list[str] | None = None) -> int:
             kept += all(torch.equal(a, b) for a, b in zip(rows, theirs, strict=True))
         failures += args.requests - same - close
         table.append(f"{strategy:<16}{same:>8} of {args.requests}{close:>8}{kept:>10}{seconds:>10.1f} s")
+        print(table[-1], flush=True)
     print(f"\n{'strategy':<16}{'same tokens':>14}{'close':>8}{'same kept':>10}{'engine':>11}")
     print("\n".join(table))
     return bool(failures)
