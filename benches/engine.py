@@ -6,7 +6,9 @@
 
 `load` imitates a steady state: requests go on from contexts spread evenly over 1 k to 9 k tokens, which were read once
 and are copied into a row, and get 512 new tokens each; the roofline beside it is that of an exact 16-bit engine for the
-same requests, its memory full: weights and all contexts over the card's bandwidth, prompts for nothing.
+same requests, its memory full: weights and all contexts over the card's bandwidth, prompts for nothing. `prompts` is
+the same load with every context read, as if nobody had been there before: reading takes most of the time then, in any
+engine. Both wait for the engine to settle before they count.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import liquidfusion as lf
 from liquidfusion.bench.jobs import shapes
 from liquidfusion.run.sampling import Sampler, Sampling
 
-PARTS = ("static", "sampling", "load", "single", "beside", "turns", "transformers")
+PARTS = ("static", "sampling", "load", "prompts", "single", "beside", "turns", "transformers")
 BANDWIDTH = 3.35e12
 """Of an H100 SXM, bytes a second."""
 MEMORY = 80e9
@@ -43,7 +45,7 @@ class Bench:
         self.model.generation_config.eos_token_id = None
         self.vocabulary = self.model.config.vocab_size
         self.cache = {"budget": args.budget} | ({"bits": args.bits} if args.bits else {})
-        self.contexts = [args.context * (1 + 8 * i // 7) for i in range(8)]  # 1 k to 9 k
+        self.contexts = [args.context + 8 * args.context * i // 7 for i in range(8)]  # 1 k to 9 k
         self.table: list[tuple[str, str]] = []
         self.results: dict[str, Any] = {}
 
@@ -96,6 +98,9 @@ class Bench:
             "temperature, top-p": Sampling(temperature=0.8, top_p=0.95),
             "temperature, top-k, top-p, min-p": Sampling(temperature=0.8, top_k=50, top_p=0.95, min_p=0.05),
             "repetition penalty": Sampling(repetition_penalty=1.1),
+            "all penalties, temperature, top-p": Sampling(
+                temperature=0.8, top_p=0.95, repetition_penalty=1.1, frequency_penalty=0.2, presence_penalty=0.2
+            ),
             "temperature, top-p, logprobs 5": Sampling(temperature=0.8, top_p=0.95, logprobs=5),
         }
         for name, sampling in kinds.items():
@@ -113,8 +118,7 @@ class Bench:
 
     def run_load(self) -> None:
         """Tokens a second of a steady state, and what each request waits for."""
-        args, rows = self.args, self.args.rows
-        with self.engine(rows) as engine:
+        with self.engine(self.args.rows) as engine:
             states = []
             for i, length in enumerate(self.contexts):
                 (request,) = engine.submit(self.prompt(length, i), Sampling(max_tokens=1), keep=True)
@@ -122,46 +126,67 @@ class Bench:
                     pass
                 states.append(request.state)
             self.say("bytes of a row", engine.row_nbytes)
-            firsts: list[float] = []
-            gaps: list[float] = []
-            end = time.perf_counter() + args.seconds
 
-            async def client(number: int) -> None:
-                turn = number
-                left = 1 + args.new * (number + 1) // rows  # in the beginning, phases spread evenly
-                while time.perf_counter() < end:
-                    state = states[turn % len(states)]
-                    turn += 1
-                    last = time.perf_counter()
-                    sampling = Sampling(max_tokens=left, temperature=0.8, top_p=0.95)
-                    (request,) = engine.submit([*state.tokens, 1 + number], sampling, resume=state)
-                    own: list[float] = []
-                    async for _ in request:
-                        now = time.perf_counter()
-                        own.append(now - last)
-                        last = now
-                    left = args.new
-                    firsts.append(own[0])
-                    gaps.extend(own[1:])
+            def ask(number: int, turn: int, sampling: Sampling) -> Any:
+                state = states[turn % len(states)]
+                return engine.submit([*state.tokens, 1 + number], sampling, resume=state)[0]
 
-            async def load() -> float:
-                clients = [asyncio.create_task(client(number)) for number in range(rows)]
-                await asyncio.sleep(args.seconds / 6)
-                start, before = time.perf_counter(), engine.stats().tokens
-                await asyncio.sleep(max(0.0, end - start))
-                rate = (engine.stats().tokens - before) / (time.perf_counter() - start)
-                await asyncio.gather(*clients)
-                return rate
-
-            tokens = asyncio.run(load())
-        self.say(f"engine of {rows} rows, steady", tokens, "tokens/s")
-        if f"static batch of {rows}" in self.results:
-            self.say("engine ÷ static batch", tokens / self.results[f"static batch of {rows}"])
+            tokens = self.steady(engine, ask, "steady")
+        if f"static batch of {self.args.rows}" in self.results:
+            self.say("engine ÷ static batch", tokens / self.results[f"static batch of {self.args.rows}"])
         exact = self.roofline()
         self.say("roofline of an exact 16-bit engine", exact, "tokens/s")
         self.say("engine ÷ that roofline", tokens / exact)
-        self.quantiles("time to first token", firsts)
-        self.quantiles("between tokens", gaps)
+
+    def run_prompts(self) -> None:
+        """The same load, its contexts read."""
+        prompts = [self.prompt(length, i) for i, length in enumerate(self.contexts)]
+        with self.engine(self.args.rows) as engine:
+
+            def ask(number: int, turn: int, sampling: Sampling) -> Any:
+                return engine.submit([*prompts[turn % len(prompts)][1:], 1 + number], sampling)[0]
+
+            self.steady(engine, ask, "prompts read")
+
+    def steady(self, engine: lf.Engine, ask: Callable[[int, int, Sampling], Any], name: str) -> float:
+        """Tokens a second with as many clients as rows, each with a request at a time."""
+        args, rows = self.args, self.args.rows
+        firsts: list[float] = []
+        gaps: list[float] = []
+        end = time.perf_counter() + args.seconds
+        start = end - args.seconds * 5 / 6
+
+        async def client(number: int) -> None:
+            turn = number
+            left = 1 + args.new * (number + 1) // rows  # in the beginning, phases spread evenly
+            while time.perf_counter() < end:
+                asked = last = time.perf_counter()
+                request = ask(number, turn, Sampling(max_tokens=left, temperature=0.8, top_p=0.95))
+                turn, left = turn + 1, args.new
+                async for _ in request:
+                    now = time.perf_counter()
+                    if start < now < end and asked > start:
+                        (firsts if last == asked else gaps).append(now - last)
+                    last = now
+                    if now > end:
+                        request.cancel()
+
+        async def load() -> tuple[float, float]:
+            clients = [asyncio.create_task(client(number)) for number in range(rows)]
+            await asyncio.sleep(max(0.0, start - time.perf_counter()))
+            before, since = engine.stats(), time.perf_counter()
+            await asyncio.sleep(max(0.0, end - time.perf_counter()))
+            after, seconds = engine.stats(), time.perf_counter() - since
+            await asyncio.gather(*clients)
+            steps = max(1, after.steps - before.steps)
+            return (after.tokens - before.tokens) / seconds, 1e3 * seconds / steps
+
+        tokens, step = asyncio.run(load())
+        self.say(f"engine of {rows} rows, {name}", tokens, "tokens/s")
+        self.say(f"{name}, a step", step, "ms")
+        self.quantiles(f"{name}, time to first token", firsts)
+        self.quantiles(f"{name}, between tokens", gaps)
+        return tokens
 
     def roofline(self) -> float:
         config = self.model.config
@@ -173,7 +198,7 @@ class Bench:
         return max(fitting, 1) / ((weights + fitting * each) / BANDWIDTH)
 
     def quantiles(self, name: str, seconds: list[float]) -> None:
-        ordered = sorted(seconds)
+        ordered = sorted(seconds) or [float("nan")]
         for share in (0.5, 0.99):
             self.say(f"{name}, p{100 * share:.0f}", 1e3 * ordered[int(share * (len(ordered) - 1))], "ms")
 

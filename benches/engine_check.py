@@ -1,10 +1,12 @@
 """Requests through an engine against each alone with a cache of its own: tokens and kept positions, the table last.
 
-    python benches/engine_check.py                         # tiny random Llama, float32, on the GPU if there is one
+    python benches/engine_check.py --requests 200 --strategies all    # tiny random Llama, float64: all must be equal
+    python benches/engine_check.py --requests 200 --strategies all --bits 4
     python benches/engine_check.py --model smollm2 --requests 200 --bits 4
 
-Where a request's tokens differ, the two best logits at the first difference tell whether rounding could do it: a batch
-of another size adds up in another order. Exit code 1 if one differs by more than that.
+Lengths, arrivals, cancellations and sampling are mixed, greedy and seeded. Where a request's tokens differ, the two
+best logits at the first difference tell whether rounding could do it: a batch of another size adds up in another order.
+Exit code 1 if one differs by more than that.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import numpy as np
 import torch
 
 import liquidfusion as lf
-from liquidfusion.run.sampling import draw, uniform
+from liquidfusion.run.drawing import draw, uniform
 
 CLOSE = 1e-3
 """Difference of the two best scores within which rounding may decide."""
@@ -31,17 +33,18 @@ def tiny(device: torch.device) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=512,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=8,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=32,
         max_position_embeddings=8192,
         initializer_range=0.12,
         eos_token_id=None,
         pad_token_id=0,
     )
-    return LlamaForCausalLM(config).eval().to(device)
+    return LlamaForCausalLM(config).eval().to(device, torch.float64)
 
 
 class Alone:
@@ -70,7 +73,7 @@ class Alone:
         return len(answer), 0.0
 
     def choose(self, logits: torch.Tensor, sampling: lf.Sampling, step: int) -> tuple[int, float]:
-        scores = logits.float()
+        scores = logits if logits.dtype == torch.float64 else logits.float()
         best = scores.topk(2).values
         if not sampling.temperature:
             return int(scores.argmax()), float(best[0] - best[1])
@@ -95,12 +98,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--new", type=int, default=64)
     args = parser.parse_args(argv)
     device = torch.device(args.device)
+    if args.strategies == ["all"]:
+        args.strategies = [info["name"] for info in lf.strategies()]
     if args.model == "tiny":
         model = tiny(device)
     else:
         from liquidfusion.bench.models import load
 
         model = load(args.model, device=args.device, dtype="float32").model
+    close_enough = 0.0 if model.dtype == torch.float64 else CLOSE
     vocabulary, failures, table = model.config.vocab_size, 0, []
     for strategy in args.strategies:
         dice = random.Random(strategy)
@@ -108,7 +114,9 @@ def main(argv: list[str] | None = None) -> int:
         work, start = [], time.perf_counter()
         with lf.Engine(model, rows=args.rows, chunk=args.chunk, step_tokens=2 * args.chunk, **options) as engine:
             for number in range(args.requests):
-                prompt = [dice.randrange(1, vocabulary) for _ in range(dice.choice([1, 7, args.chunk, 300, 500]))]
+                length = dice.choice([1, 7, args.chunk, 3 * args.chunk - 1, 4 * args.chunk + 1, 8 * args.chunk])
+                prompt = [dice.randrange(1, vocabulary) for _ in range(length)]
+                time.sleep(dice.choice([0.0, 0.0, 0.02]))
                 sampling = lf.Sampling(
                     max_tokens=dice.randint(1, args.new),
                     temperature=dice.choice([0.0, 0.8]),
@@ -130,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
                 own = Alone(model, args.chunk, options)
                 length, gap = own.follow(prompt, sampling, answer)
                 if length < len(answer):
-                    close += gap < CLOSE
+                    close += gap < close_enough
                     print(f"{strategy}: {len(prompt)} tokens, differs at {length} of {len(answer)}, best two {gap:.2g}")
                     continue
                 same += 1
@@ -146,6 +154,7 @@ def main(argv: list[str] | None = None) -> int:
             kept += all(torch.equal(a, b) for a, b in zip(rows, theirs, strict=True))
         failures += args.requests - same - close
         table.append(f"{strategy:<16}{same:>8} of {args.requests}{close:>8}{kept:>10}{seconds:>10.1f} s")
+        print(table[-1], flush=True)
     print(f"\n{'strategy':<16}{'same tokens':>14}{'close':>8}{'same kept':>10}{'engine':>11}")
     print("\n".join(table))
     return bool(failures)

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 import liquidfusion as lf
-from liquidfusion.run.sampling import Sampling, uniform
+from liquidfusion.run.drawing import uniform
+from liquidfusion.run.sampling import Sampling
 from tiny import cache_keyword
 
 

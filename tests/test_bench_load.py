@@ -15,6 +15,7 @@ from fakeengine import FakeEngine, service
 from liquidfusion.bench.cli import main
 from liquidfusion.bench.jobs.loading import Due, Lengths, Target, arrivals, metrics, run, text, trace
 from liquidfusion.bench.report.curves import loads
+from liquidfusion.bench.terminal.output import number
 from liquidfusion.exceptions import ConfigError
 from liveserver import live
 
@@ -126,12 +127,23 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert [record["tokens"] for record in document["results"]] == [4] * 6
         (section,) = loads([document])
         assert (section.title, section.subject) == ("load", "servers")
-        assert len(section.body[0]) == len(section.header)
+        # Every figure of a line is the run's own.
+        figures = [name.replace(" ", "_") for name in section.header[1:]]
+        (line,) = section.body
+        assert figures[-2:] == ["refused", "failed"]
+        told = [document["metrics"][name] for name in figures]
+        assert line == ["fake", *(number(metric["value"], metric["unit"]) for metric in told)]
+        assert line[-2:] == ["0", "0"]
         assert main(["report", str(tmp_path), "--output-dir", str(tmp_path / "report")]) == 0
-        assert "requests per second" in (tmp_path / "report" / "report.md").read_text("utf8")
+        report = (tmp_path / "report" / "report.md").read_text("utf8")
+        assert all(f" {cell} |" in report for cell in (*section.header, *line))
         capsys.readouterr()
-        assert main([*common, "--json", "--api-key", "secret", "--rate", "100"]) == 0
-        assert json.loads(capsys.readouterr().out)["metadata"]["task_options"]["rate"] == 100
+        assert main([*common, "--json", "--api-key", "secret", "--rate", "100", "--max-tokens", "4"]) == 0
+        other = json.loads(capsys.readouterr().out)
+        assert other["metadata"]["task_options"]["rate"] == 100
+        # Two runs are told apart by what differs between them, and by nothing else.
+        (section,) = loads([document, other])
+        assert [line[0] for line in section.body] == ["fake, concurrency 8", "fake, rate 100.0"]
         assert main([*common, "--api-key", "wrong"]) == 1
         assert "Incorrect API key" in capsys.readouterr().err
         assert main([*common, "--rate", "1", "--concurrency", "1"]) == 2

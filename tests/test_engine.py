@@ -334,10 +334,10 @@ def test_a_failing_step_fails_those_it_served_and_no_others(
         cache = engine._own
         read, failures = cache.read, [RuntimeError("out of luck")]
 
-        def failing(row: int, ids: Sequence[int]) -> Tensor:
+        def failing(chunks: Any) -> Tensor:
             if failures:
                 raise failures.pop()
-            return read(row, ids)
+            return read(chunks)
 
         monkeypatch.setattr(cache, "read", failing)
         requests = [engine.submit(prompt, sampling)[0] for _ in range(3)]

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from alone import choose, scores_of
 from liquidfusion.compute import kernels
 from liquidfusion.exceptions import ConfigError
-from liquidfusion.run import sampling as module
-from liquidfusion.run.sampling import Sampler, Sampling, draw, threshold, uniform
+from liquidfusion.run import drawing
+from liquidfusion.run.drawing import draw, penalise, threshold, uniform
+from liquidfusion.run.sampling import Sampler, Sampling
 
 VOCABULARY = 50
 CPU = torch.device("cpu")
@@ -80,7 +81,7 @@ def test_the_same_tokens_pass_as_transformers_lets_through(candidates: int, samp
     table = torch.tensor([[1.0, sampling.top_k, sampling.top_p, sampling.min_p]], dtype=torch.float64).expand(4, -1)
     weights = (logits - logits.amax(-1, keepdim=True)).exp()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CANDIDATES", candidates)
+        patch.setattr(drawing, "CANDIDATES", candidates)
         passed = weights >= threshold(weights, table)
     warm = Sampling(temperature=1.0, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
     for row in range(4):
@@ -182,14 +183,55 @@ def test_settings_out_of_range(options: dict[str, Any], message: str) -> None:
         Sampling(**options)
 
 
-@pytest.mark.skipif(not hasattr(kernels, "draw") or torch.cuda.is_available(), reason="needs Triton's interpreter")
+KERNELS = pytest.mark.skipif(
+    not hasattr(kernels, "draw") or torch.cuda.is_available(), reason="needs Triton's interpreter"
+)
+
+
+def logits_like(dtype: torch.dtype, vocabulary: int = VOCABULARY) -> torch.Tensor:
+    """Rows of logits: any, equal ones that stay or go together, and some that are out."""
+    generator = torch.Generator().manual_seed(5)
+    logits = 3 * torch.randn(4, vocabulary, generator=generator)
+    logits[1] = logits[1].round() * torch.where(torch.arange(vocabulary) % 2 == 0, 1.0, -1.0)  # 0 and -0
+    logits[2, 3:7] = -torch.inf
+    return logits.to(dtype)
+
+
+@KERNELS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
     "settings", [(0.7, 0, 1.0, 0.0), (1.0, 0, 0.9, 0.0), (1.3, 5, 1.0, 0.02), (1.0, 40, 0.8, 0.3), (1.0, 1, 0.5, 0.0)]
 )
-def test_the_kernel_draws_what_torch_draws(settings: tuple[float, ...]) -> None:
-    generator = torch.Generator().manual_seed(5)
-    logits = 3 * torch.randn(2, VOCABULARY, generator=generator)
-    logits[1] = logits[1].round()  # equal ones stay or go together
-    noise = torch.rand(2, dtype=torch.float64, generator=generator)
-    table = torch.tensor([settings] * 2, dtype=torch.float64)
-    assert torch.equal(kernels.draw(logits, table.float(), noise), draw(logits, table, noise, torch.arange(2)))
+def test_the_kernel_draws_what_torch_draws(settings: tuple[float, ...], dtype: torch.dtype) -> None:
+    logits, lanes = logits_like(dtype), torch.tensor([3, 1, 2, 1, 0])
+    noise = torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    table = torch.tensor([settings] * 5, dtype=torch.float64)
+    own = kernels.draw(logits, table.float(), noise, lanes)
+    assert torch.equal(own, draw(logits, table, noise, torch.arange(5), lanes))
+
+
+@KERNELS
+def test_the_kernel_draws_from_the_whole_distribution() -> None:
+    logits = torch.tensor([[0.3, -torch.inf, 2.0, -1.0, 1.0]] * 1)
+    noise = torch.linspace(0, 1, 41, dtype=torch.float64)[:-1] + 1e-4
+    noise[-1] = 1 - 2.0**-53
+    table = torch.tensor([[1.0, 0.0, 1.0, 0.0]], dtype=torch.float64).expand(40, -1)
+    lanes = torch.zeros(40, dtype=torch.int64)
+    own = kernels.draw(logits, table.float().contiguous(), noise, lanes)
+    assert torch.equal(own, draw(logits, table, noise, None, lanes))
+
+
+@KERNELS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_kernel_penalises_as_torch_does(dtype: torch.dtype) -> None:
+    logits, lanes, rows = logits_like(dtype), torch.tensor([2, 0]), torch.tensor([1, 4])
+    seen = torch.randint(0, 7, (5, VOCABULARY), dtype=torch.int32, generator=torch.Generator().manual_seed(1))
+    table = torch.tensor([[1, 0, 1, 0, 1.7, 0.25, -0.5], [1, 0, 1, 0, 0.5, 0.0, 2.0]], dtype=torch.float64)
+    own = kernels.penalise(logits, lanes, seen, rows, table.float())
+    torch.testing.assert_close(own, penalise(logits[lanes].float(), seen[rows], table), rtol=1e-6, atol=1e-6)
+
+
+@KERNELS
+def test_the_kernel_adds_up_exponentials() -> None:
+    logits, lanes = logits_like(torch.bfloat16), torch.tensor([2, 1])
+    torch.testing.assert_close(kernels.log_sum(logits, lanes), logits[lanes].float().logsumexp(-1))

@@ -51,6 +51,10 @@ class Machine(RuleBasedStateMachine):
             ends = boundaries(first[1], CHUNK, at)
             self.reading[ticket] = {"rows": rows, "ends": ends, "at": at, "since": 0}
         plan = self.scheduler.plan()
+        # A prompt of which one token is left decodes it.
+        assert sorted(plan.entering) == sorted(t for t, job in self.reading.items() if job["ends"] == [job["at"] + 1])
+        for ticket in plan.entering:
+            self.decoding |= dict.fromkeys(self.reading.pop(ticket)["rows"], ticket)
         assert list(plan.decoding) == sorted(self.decoding)
         assert len({piece.row for piece in plan.pieces}) == len(plan.pieces)
         length = sum(piece.stop - piece.start for piece in plan.pieces)
@@ -153,12 +157,26 @@ def test_most_steps_of_many_have_no_chunk_of_a_lone_prompt() -> None:
     for ticket in range(3):
         scheduler.submit(ticket, 1)
         list(scheduler.join())
-        assert scheduler.plan().pieces or scheduler.plan().pieces or scheduler.plan().pieces
+        assert scheduler.plan().entering == (ticket,)
     scheduler.submit(3, 100)
     list(scheduler.join())
     chunks = [bool(scheduler.plan().pieces) for _ in range(30)]
     assert sum(chunks) == 10
     assert not any(chunks[i] and chunks[i + 1] for i in range(29))
+
+
+def test_short_chunks_share_a_step_as_far_as_it_has_tokens() -> None:
+    scheduler = Scheduler(9, chunk=512, step_tokens=1024)
+    for ticket in range(6):
+        scheduler.submit(ticket, 40)
+        list(scheduler.join())
+    # A chunk counts 256 tokens at least.
+    assert [len(scheduler.plan().pieces) for _ in range(2)] == [4, 2]
+    scheduler.submit(6, 2000)
+    scheduler.submit(7, 300)
+    list(scheduler.join())
+    sizes = [sorted(piece.stop - piece.start for piece in scheduler.plan().pieces) for _ in range(12)]
+    assert [size for size in sizes if size] == [[300, 512], [512], [512], [464]]
 
 
 def test_as_many_wait_as_may_and_those_who_find_a_row_do_not_count() -> None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from fakeengine import TEMPLATE, tokenizer
 from liquidfusion.exceptions import ConfigError
-from liquidfusion.serving.text import Detokenizer, Stops, Text
+from liquidfusion.run.stopping import LONGEST_WAIT, Detokenizer, StopStrings
+from liquidfusion.serving.text import Text
 from liquidfusion.serving.tools import Caller, form_of
 
 TEXT = Text(tokenizer())
@@ -21,7 +22,7 @@ TEXT = Text(tokenizer())
 def test_a_growing_text_never_changes(text: str, prompt: str) -> None:
     detokenizer = Detokenizer(TEXT, TEXT.encode(prompt))
     parts = [detokenizer.push(token) for token in TEXT.encode(text)]
-    assert "".join(parts) + detokenizer.rest() == text
+    assert "".join(parts) + detokenizer.flush() == text
     assert not any("\ufffd" in part for part in parts if "\ufffd" not in text)
 
 
@@ -30,10 +31,10 @@ def test_bytes_that_are_no_text_come_to_an_end(data: bytes) -> None:
     words = {TEXT.spelling(token): token for token in range(4, 260)}
     detokenizer = Detokenizer(TEXT)
     pieces = [detokenizer.push(words[bytes([byte])]) for byte in data]
-    text = "".join(pieces) + detokenizer.rest()
+    text = "".join(pieces) + detokenizer.flush()
     assert [c for c in text if c != "\ufffd"] == [c for c in data.decode("utf8", "replace") if c != "\ufffd"]
-    for start in range(len(pieces) - 16):
-        assert any(pieces[start : start + 16])
+    for start in range(len(pieces) - LONGEST_WAIT):
+        assert any(pieces[start : start + LONGEST_WAIT])
 
 
 def test_spelling() -> None:
@@ -59,18 +60,18 @@ def cut(text: str, sizes: list[int]) -> list[str]:
     st.lists(st.integers(0, 3)),
 )
 def test_stops_end_the_text_at_the_first_one_complete(text: str, words: list[str], sizes: list[int]) -> None:
-    stops = Stops(words)
+    stops = StopStrings(words)
     got = ""
     for part in cut(text, [1] * len(text)):
         got += stops.push(part)
-    got += stops.rest()
+    got += stops.flush()
     # The first end of a stop string, and among those that end there the longest.
     ends = [(text.find(word) + len(word), -len(word)) for word in words if word in text]
     end, length = min(ends, default=(len(text), 0))
     assert got == text[: end + length]
     assert (stops.found is not None) == bool(ends)
-    whole = Stops(words)
-    pieces = "".join(whole.push(part) for part in cut(text, sizes)) + whole.rest()
+    whole = StopStrings(words)
+    pieces = "".join(whole.push(part) for part in cut(text, sizes)) + whole.flush()
     assert text.startswith(pieces)
     assert not any(word in pieces for word in words)
 

@@ -8,8 +8,10 @@ import torch
 from transformers import PreTrainedModel
 
 from liquidfusion.geometry import Geometry
+from liquidfusion.hf.formats import layer_formats, row_bytes
 from liquidfusion.hf.rows import RowCache
-from liquidfusion.options import Strategy
+from liquidfusion.options import SHORT, Strategy, chosen, resolve
+from liquidfusion.precision import Bits
 from liquidfusion.run.loop import Loop
 from liquidfusion.run.scheduler import Scheduler
 from liquidfusion.run.stepper import Stepper
@@ -35,8 +37,9 @@ class Engine(Loop):
     chunk : int
         Tokens of a prompt that are read at once. What a row keeps depends on it, and on nothing else but the request.
     step_tokens : int
-        Tokens of one step, a decoding row counting as one: as many whole chunks run beside those that decode as fit,
-        and at least one. While few prompts are read and many rows decode, it is every third step that has chunks.
+        Tokens of one step, a decoding row counting as one and a chunk as its own, or as 256 where it has fewer: as many
+        whole chunks run beside those that decode as fit, and at least one. While few prompts are read and many rows
+        decode, it is every third step that has chunks.
     queue_limit : int, optional
         Requests that may wait; None for any number.
     prefixes : int
@@ -96,6 +99,25 @@ class Engine(Loop):
         state = RowState.from_file(path, self._geometry)
         self._own.check_state(state)
         return state
+
+
+def row_nbytes(
+    model: PreTrainedModel, strategy: str | Strategy, budget: int | None, bits: Any = None, **parameters: Any
+) -> int:
+    """Bytes that a row of an engine of this model takes.
+
+    Raises
+    ------
+    ConfigError
+        A parameter is out of range.
+    UnsupportedError
+        The model cannot be served.
+    """
+    geometry = Geometry.of(model)
+    short = {name: parameters.pop(name, None) for name in SHORT}
+    spec = resolve(chosen(strategy, short, parameters), budget)
+    formats = layer_formats(model, geometry, Bits.of(bits), None)
+    return row_bytes(geometry, formats, spec, geometry.positions, getattr(torch, geometry.dtype).itemsize)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:

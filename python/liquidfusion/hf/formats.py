@@ -110,6 +110,41 @@ def slot_bytes(layer: Layer, held: Format, spec: _core.Spec, element: int) -> in
     return layer.kv_heads * (side(held.keys, layer.key_dim) + values + beside)
 
 
+def row_bytes(geometry: Geometry, formats: Sequence[Format], spec: _core.Spec, context: int, element: int) -> int:
+    """Bytes of one row: keys and values, positions, scores, queues, and sinks in 16 bits beside codes.
+
+    Parameters
+    ----------
+    geometry : Geometry
+        The model's, or a process' share of it.
+    formats : sequence of Format
+        How each of its layers holds keys and values.
+    spec : _core.Spec
+        What is kept.
+    context : int
+        Tokens of a row, where nothing bounds what is kept.
+    element : int
+        Bytes of a number in the model's dtype.
+    """
+    total = 0
+    for index in geometry.attention_layers:
+        layer, own = geometry.layers[index], layer_spec(spec, geometry.layers[index].window)
+        total += (context if own.budget is None else own.budget) * slot_bytes(layer, formats[index], own, element)
+        total += first_bytes(layer, with_first(formats[index], own))
+    return total
+
+
+def plain_formats(geometry: Geometry, bits: Bits | None) -> list[Format]:
+    """Formats as bits say, of a model that need not be there: layers that `layer_formats` would raise are not known."""
+    half = torch.float16 if geometry.dtype == "float16" else torch.bfloat16
+
+    def side(number: int | None, width: int) -> torch.dtype | Coding | None:
+        return None if number is None else half if number == 16 else Coding(number, width)
+
+    keys, values = (None, None) if bits is None else (bits.keys, bits.values)
+    return [Format(side(keys, layer.key_dim), side(values, layer.value_dim), layer.latent) for layer in geometry.layers]
+
+
 def fit(strategy: Strategy, memory: int | str, geometry: Geometry, formats: Sequence[Format]) -> _core.Spec:
     """Resolve a strategy with the largest budget whose slots take no more than `memory` bytes a row.
 
@@ -121,14 +156,7 @@ def fit(strategy: Strategy, memory: int | str, geometry: Geometry, formats: Sequ
     element = getattr(torch, geometry.dtype).itemsize
 
     def nbytes(budget: int) -> int:
-        own = strategy.spec(budget)
-        total = 0
-        for index in geometry.attention_layers:
-            layer, held = geometry.layers[index], formats[index]
-            spec = layer_spec(own, layer.window)
-            total += (spec.budget or 0) * slot_bytes(layer, held, spec, element)
-            total += first_bytes(layer, with_first(held, spec))
-        return total * geometry.processes
+        return row_bytes(geometry, formats, strategy.spec(budget), budget, element) * geometry.processes
 
     sinks = int(strategy.spec().params.get("sink_size") or 0)
     return strategy.spec(slots_in(memory, nbytes, sinks + 4))

@@ -78,20 +78,30 @@ class RowCache(KVCache):
         self._seen.columns, self._seen.batch = 1, rows  # transformers goes by `position_ids`
         # One call makes all slots: no later one needs more memory.
         with torch.inference_mode():
-            self.read(0, [0, 0])
+            self.read([(0, [0, 0])])
             self._tensors = session.gather(parts(self._groups, range(1)))
             self.release(0)
             self._row_graph = self._graph_of()
 
-    def read(self, row: int, ids: Sequence[int]) -> Tensor:
-        """Let a row read tokens as one chunk.
+    def read(self, chunks: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
+        """Let rows read tokens, each as one chunk; neighbours whose chunks are equally long do it in one call.
+
+        Parameters
+        ----------
+        chunks : sequence of (int, sequence of int)
+            Rows, each at most once, and their tokens.
 
         Returns
         -------
         Tensor
-            Logits after the last one, `[1, vocabulary]`.
+            Logits after the last token of each, `[chunks, vocabulary]`.
         """
-        return self._call(range(row, row + 1), (len(ids),), upload([ids], torch.int64, self.device))
+        logits: dict[int, Tensor] = {}
+        for run in _neighbours(chunks):
+            rows = range(run[0][0], run[0][0] + len(run))
+            ids = upload([own for _, own in run], torch.int64, self.device)
+            logits |= zip(rows, self._call(rows, (ids.shape[1],) * len(run), ids).split(1), strict=True)
+        return torch.cat([logits[row] for row, _ in chunks])
 
     def decode(self, rows: tuple[int, ...], last: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Let rows read one token each.
@@ -271,6 +281,17 @@ def _to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for device in devices:
         torch.cuda.current_stream(device).synchronize()
     return kept
+
+
+def _neighbours(chunks: Sequence[tuple[int, Sequence[int]]]) -> list[list[tuple[int, Sequence[int]]]]:
+    """Chunks that one call can read: of rows next to each other, and equally long."""
+    runs: list[list[tuple[int, Sequence[int]]]] = []
+    for row, ids in sorted(chunks, key=lambda chunk: chunk[0]):
+        if runs and runs[-1][-1][0] == row - 1 and len(runs[-1][-1][1]) == len(ids):
+            runs[-1].append((row, ids))
+        else:
+            runs.append([(row, ids)])
+    return runs
 
 
 def _lanes(reached: range, rows: tuple[int, ...]) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from liquidfusion.compute.softmax import How
 from liquidfusion.exceptions import CacheError, UnsupportedError
 from liquidfusion.geometry import Geometry, Kind
 from liquidfusion.run.backend import Backend
+from liquidfusion.run.sampling import upload
 from liquidfusion.run.step import On, Step
 from liquidfusion.state.group import Chunk, Group, Groups
 from liquidfusion.state.ledger import Scores
@@ -158,7 +159,8 @@ class Eager(Backend):
         if not group.fits(step.batch, kv_heads):
             group.allocate(step.batch, kv_heads, max(256, needed), key.device)
         group.reserve(needed)
-        self._written[group] = group.ledger.begin(step.lengths)
+        written = group.ledger.begin(step.lengths)
+        self._written[group] = upload(written, written.dtype, key.device) if step.single else written
 
     def _write_single(self, group: Group, index: int, slots: Slots, key: Tensor, value: Tensor) -> None:
         """Rows with one real token overwrite the first slot of their queue before anyone attends (the decode rule)."""

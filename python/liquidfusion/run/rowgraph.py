@@ -11,7 +11,6 @@ import gc
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,27 +20,13 @@ from liquidfusion.exceptions import CacheError
 from liquidfusion.options import Run
 from liquidfusion.run.backend import Backend
 from liquidfusion.run.graph import DecodeStep
+from liquidfusion.run.rowscores import RowScores, Sent
 from liquidfusion.run.sampling import upload
 from liquidfusion.state.group import Group
 from liquidfusion.state.part import Part
-from liquidfusion.state.slots import Slots
 
 Forward = Callable[[Backend, Tensor, Tensor], Tensor]
 """Calls the model: a backend, ids and positions `[rows, 1]`; logits `[rows, vocabulary]`."""
-
-
-@dataclass
-class _Decision:
-    """Rows that need victims, the steps that each had taken, and their scores then.
-
-    `scores`: float32 `[kinds, layers, rows, kv_heads, slots]` on the host, there when `copied` says so: mass and peak
-    where the strategy keeps them, and distinctness last where it goes by it; None where it does neither.
-    """
-
-    rows: list[int]
-    steps: list[int]
-    scores: Tensor | None
-    copied: Callable[[], None]
 
 
 class RowGraph:
@@ -74,21 +59,15 @@ class RowGraph:
             self._seen = torch.zeros(rows, dtype=torch.int32, device=self._device)
             self._active = torch.zeros(rows, dtype=torch.int8, device=self._device)
             self._last = torch.zeros(rows, dtype=torch.int64, device=self._device)
-        self._scores = [
-            tensor.unbind(0)
-            for kind in zip(*(self._ledger.at(i, self._device).attention() or () for i in range(layers)), strict=True)
-            for tensor in kind
-        ]
         self._backends = {size: self._backend(size) for size in sizes}
+        self._scores = RowScores(group, self._backends[sizes[-1]], self._ring)
         self._captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        if self._gpu:
-            self._copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._now: tuple[int, ...] = ()  # rows that `_active` marks
         self._inside: set[int] = set()  # rows whose state the device leads
         self._steps = np.zeros(rows, np.int64)  # since a row came in, all launched
         self._replayed = np.zeros(rows, np.int64)  # of them, known to the host's ledger
         self._due = np.zeros(rows, np.int64)  # steps after which the ring must be filled again
-        self._decisions: deque[_Decision] = deque()
+        self._decisions: deque[Sent] = deque()  # rows that need victims
 
     def _backend(self, size: int) -> DecodeStep:
         rows = range(size)
@@ -101,8 +80,10 @@ class RowGraph:
         """Capture every size; no row is active, so nothing changes."""
         for size in self._sizes:
             self._launch(size)
-            if self._gpu and self._run.graph:
-                self._capture(size)
+            logits: list[Tensor] = []
+            if graph := self._record(lambda size=size, logits=logits: logits.append(self._launch(size))):  # type: ignore[misc]
+                self._captured[size] = graph, *logits
+        self._scores.warm(self._record)
 
     def step(self, rows: tuple[int, ...], last: Tensor) -> Tensor:
         """Run one step.
@@ -186,8 +167,10 @@ class RowGraph:
         self._seen.add_(self._active)
         return logits
 
-    def _capture(self, size: int) -> None:
-        """Record one step; nothing of it runs."""
+    def _record(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+        """Capture what something launches, none of which runs; None where that cannot be."""
+        if not self._gpu or not self._run.graph:
+            return None
         graph = torch.cuda.CUDAGraph()
         pool = next((graph.pool() for graph, _ in self._captured.values()), None)
         torch.cuda.synchronize(self._device)
@@ -197,56 +180,18 @@ class RowGraph:
         gc.disable()
         try:
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                logits = self._launch(size)
+                run()
         except RuntimeError as error:
             warnings.warn(f"CUDA graph capture failed, decoding without it: {error}", RuntimeWarning, stacklevel=2)
-            return
+            return None
         finally:
             if collecting:
                 gc.enable()
-        self._captured[size] = graph, logits
+        return graph
 
     def _decide(self, rows: list[int]) -> None:
-        """Copy the scores of rows whose queues run low; `_join` chooses their victims."""
-        steps = [int(self._steps[row]) for row in rows]
-        layers, _, kv_heads, slots = self._ledger.shape
-        kinds = 2 * self._spec.scored + self._spec.distinct
-        if not kinds:
-            self._decisions.append(_Decision(rows, steps, None, lambda: None))
-            return
-        shape = (kinds, layers, len(rows), kv_heads, slots)
-        here = torch.empty(shape, dtype=torch.float32, device=self._device)
-        if self._spec.scored:
-            own = [tensor[row] for tensor in self._scores for row in rows]
-            torch._foreach_copy_(list(here[:2].view(-1, kv_heads, slots).unbind(0)), own)
-        if self._spec.distinct:
-            self._distinctness(rows, steps, here[-1])
-        if not self._gpu:
-            self._decisions.append(_Decision(rows, steps, here, lambda: None))
-            return
-        host = torch.empty(shape, dtype=torch.float32, device="cpu", pin_memory=True)
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._copies.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._copies):
-            host.copy_(here, non_blocking=True)
-            copied.record(self._copies)
-        here.record_stream(self._copies)
-        self._decisions.append(_Decision(rows, steps, host, copied.synchronize))
-
-    def _distinctness(self, rows: list[int], steps: list[int], out: Tensor) -> None:
-        """Distinctness of rows' tokens that are no victims yet: float32 `[layers, rows, kv_heads, slots]`."""
-        index = upload(rows, torch.int64, self._device)
-        entry = torch.arange(self._ring_size, device=self._device)
-        taken = upload(steps, torch.int64, self._device)[:, None]
-        # An interval's worth of victims waits in the ring, from the entry that the next step takes.
-        waiting = ((entry - taken) % self._ring_size < self._spec.interval)[:, None]
-        backend = self._backends[self._sizes[-1]]
-        for layer, (slots, scores) in enumerate(zip(backend.slots, backend.scores, strict=True)):
-            held = torch.nn.functional.pad(scores.positions.index_select(0, index) >= 0, (0, 1))
-            next_ones = self._ring[layer].index_select(0, index).long().where(waiting, self._ledger.slots)
-            held.scatter_(2, next_ones, False)
-            chosen = Slots(slots.keys.chosen(index), slots.values)
-            out[layer] = chosen.distinctness(held[..., :-1].contiguous())
+        """Send the scores of rows whose queues run low on their way; `_join` chooses their victims."""
+        self._decisions.extend(self._scores.send(rows, [int(self._steps[row]) for row in rows]))
 
     def _join(self) -> None:
         """Choose the victims of the decisions under way and send them to the ring."""

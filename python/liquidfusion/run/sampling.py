@@ -19,13 +19,12 @@ from torch import Tensor
 
 from liquidfusion.compute import kernels
 from liquidfusion.exceptions import ConfigError
+from liquidfusion.run.drawing import draw, penalise, uniform, wide
 
 MOST_LOGPROBS = 20
 """Alternatives per token that may be asked for."""
 COLDEST = 1e-4
 """Least temperature but 0: below, logits divided by it could overflow."""
-CANDIDATES = 1024
-"""Tokens of a row that are sorted first on a CPU: more only where the nucleus is wider."""
 
 _NUMBERS: dict[str, tuple[float, float, bool]] = {  # least, most, whether the least itself is out
     "temperature": (0.0, math.inf, False),
@@ -161,22 +160,42 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class _Lanes:
-    """Which lanes of a call need which step; tensors of indices on the device, None for none.
+class _Draws:
+    """Lanes that are drawn from, as indices of the logits that are at hand, with what each is drawn by.
 
-    `used`: rows that draw. `worked`: lanes whose logits are changed or drawn from. The others count within `worked`:
-    `biased` (lane, token, bias), `penalised`, `drawn`, and `filtered` within `drawn`.
+    `rows`: whose seeds. `settings`: float64 `[draws, parameters]`. `filtered`: draws with a top-k, top-p or min-p.
+    Tensors are on the device, None for none.
     """
 
-    used: list[int]
-    worked: Tensor | None
-    rows: Tensor | None
+    lanes: Tensor
+    rows: NDArray[np.int64]
+    settings: Tensor
+    filtered: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Changed:
+    """Lanes whose logits are changed first.
+
+    `biased`: index among these lanes, token and bias. `penalised`: indices among these lanes. `rows`: whose tokens
+    count. `draws`: those that are drawn from, as indices among these lanes.
+    """
+
+    lanes: Tensor
+    rows: Tensor
+    settings: Tensor
     biased: tuple[Tensor, Tensor, Tensor] | None
     penalised: Tensor | None
-    penalised_rows: Tensor | None
-    drawn: Tensor | None
-    drawn_rows: list[int]
-    filtered: Tensor | None
+    draws: _Draws | None
+
+
+@dataclass(frozen=True)
+class _Lanes:
+    """Which lanes of a call need what: rows that draw, lanes drawn as they are, changed ones, and told ones."""
+
+    used: NDArray[np.int64]
+    draws: _Draws | None
+    changed: _Changed | None
     told: tuple[int, ...]
     told_lanes: Tensor | None
     alternatives: int
@@ -197,42 +216,40 @@ class Sampler:
 
     def __init__(self, rows: int, vocabulary: int, device: torch.device) -> None:
         self._rows, self._vocabulary, self._device = rows, vocabulary, device
-        self._settings: list[Sampling] = [Sampling()] * rows
         self._seeds: NDArray[np.uint64] = np.zeros(rows, np.uint64)
         self._steps: NDArray[np.uint64] = np.zeros(rows, np.uint64)
-        self._table: Tensor | None = None
-        self._counts: Tensor | None = None
-        self._prompt: Tensor | None = None
+        # One more row stands for lanes that nobody uses.
+        self._settings = np.tile(_row_of(Sampling()), (rows + 1, 1))
+        self._told: NDArray[np.int64] = np.full(rows + 1, -1, np.int64)
+        self._biases: dict[int, Mapping[int, float]] = {}
+        self._seen: Tensor | None = None
         self._planned: dict[tuple[int, ...], _Lanes] = {}
 
     def set(self, row: int, sampling: Sampling, prompt: Sequence[int], seed: int) -> None:
         """Give a row to a request: its settings, the tokens of its prompt, and the seed of its draws."""
-        self._settings[row] = sampling
+        self._settings[row] = _row_of(sampling)
+        self._told[row] = -1 if sampling.logprobs is None else sampling.logprobs
+        self._biases[row] = sampling.logit_bias
         self._seeds[row], self._steps[row] = seed % 2**64, 0
-        self._table = None
         self._planned.clear()
         if not sampling.penalised:
             return
-        if self._counts is None or self._prompt is None:
-            shape = (self._rows, self._vocabulary)
+        if self._seen is None:
             with torch.inference_mode(False):
-                self._counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
-                self._prompt = torch.zeros(shape, dtype=torch.bool, device=self._device)
-        self._counts[row].zero_()
-        self._prompt[row].zero_()
+                self._seen = torch.zeros((self._rows, self._vocabulary), dtype=torch.int32, device=self._device)
+        self._seen[row].zero_()
         # Embeddings may hold more tokens than there are logits.
         ids = upload([token for token in set(prompt) if token < self._vocabulary], torch.int64, self._device)
-        self._prompt[row].index_fill_(0, ids, True)
+        self._seen[row].index_fill_(0, ids, 1)
 
     def move(self, source: int, target: int) -> None:
         """Let a request go on in another row."""
-        self._settings[target] = self._settings[source]
-        self._seeds[target], self._steps[target] = self._seeds[source], self._steps[source]
-        self._table = None
+        for table in (self._settings, self._told, self._seeds, self._steps):
+            table[target] = table[source]
+        self._biases[target] = self._biases.get(source, {})
         self._planned.clear()
-        for table in (self._counts, self._prompt):
-            if table is not None:
-                table[target].copy_(table[source])
+        if self._seen is not None:
+            self._seen[target].copy_(self._seen[source])
 
     def __call__(self, logits: Tensor, rows: tuple[int, ...]) -> Drawn:
         """Draw one token per lane; the device is not waited for.
@@ -251,197 +268,133 @@ class Sampler:
         """
         lanes = self._planned.get(rows)
         if lanes is None:
-            lanes = self._planned[rows] = self._plan(rows)
+            lanes = self._planned[rows] = self._plan(np.array(rows, np.int64))
         ids = logits.argmax(-1)
-        if lanes.worked is not None:
-            ids.index_copy_(0, lanes.worked, self._work(logits, lanes))
-            if lanes.penalised is not None and lanes.penalised_rows is not None:
-                assert self._counts is not None
-                drawn = ids[lanes.worked][lanes.penalised]
-                self._counts[lanes.penalised_rows, drawn] += 1
+        if lanes.draws is not None:
+            ids.index_copy_(0, lanes.draws.lanes, self._drawn(logits, lanes.draws))
+        if (changed := lanes.changed) is not None:
+            scores = self._change(logits, changed)
+            own = scores.argmax(-1)
+            if changed.draws is not None:
+                own.index_copy_(0, changed.draws.lanes, self._drawn(scores, changed.draws))
+            ids.index_copy_(0, changed.lanes, own)
+            if changed.penalised is not None:
+                assert self._seen is not None
+                self._seen[changed.rows[changed.penalised], own[changed.penalised]] += 2
         self._steps[lanes.used] += np.uint64(1)
         return self._tell(logits, ids, lanes)
 
-    def _work(self, logits: Tensor, lanes: _Lanes) -> Tensor:
-        """Tokens of the lanes in `lanes.worked`."""
-        assert lanes.worked is not None
-        assert lanes.rows is not None
-        scores = logits.index_select(0, lanes.worked)
-        if lanes.biased is not None or lanes.penalised is not None or not kernels.available(scores.device):
-            scores = _wide(scores)
-        if lanes.biased is not None:
-            lane, token, bias = lanes.biased
-            scores[lane, token] += bias.to(scores.dtype)
-        table = self._parameters().index_select(0, lanes.rows)
-        if lanes.penalised is not None:
-            self._penalise(scores, table, lanes)
-        ids = scores.argmax(-1)
-        if lanes.drawn is None:
-            return ids
-        noise = uniform(self._seeds[lanes.drawn_rows], self._steps[lanes.drawn_rows])
-        chosen, settings = scores.index_select(0, lanes.drawn), table.index_select(0, lanes.drawn)
-        drawn = draw(chosen, settings, upload(noise, torch.float64, self._device), lanes.filtered)
-        return ids.index_copy_(0, lanes.drawn, drawn)
+    def _drawn(self, scores: Tensor, draws: _Draws) -> Tensor:
+        noise = uniform(self._seeds[draws.rows], self._steps[draws.rows])
+        return draw(scores, draws.settings, upload(noise, torch.float64, self._device), draws.filtered, draws.lanes)
 
-    def _penalise(self, scores: Tensor, table: Tensor, lanes: _Lanes) -> None:
-        assert lanes.penalised is not None
-        assert lanes.penalised_rows is not None
-        assert self._counts is not None
-        assert self._prompt is not None
-        counts = self._counts.index_select(0, lanes.penalised_rows)
-        before = (counts > 0).logical_or_(self._prompt.index_select(0, lanes.penalised_rows))
-        settings = table.index_select(0, lanes.penalised).to(scores.dtype)
-        repetition, frequency, presence = settings[:, 4:, None].unbind(1)
-        own = scores.index_select(0, lanes.penalised)
-        own = torch.where(before, torch.where(own < 0, own * repetition, own / repetition), own)
-        own -= frequency * counts + presence * (counts > 0)
-        scores.index_copy_(0, lanes.penalised, own)
+    def _change(self, logits: Tensor, changed: _Changed) -> Tensor:
+        """Logits of some lanes after biases and penalties, in float32 or wider."""
+        lanes = changed.lanes
+        if changed.biased is not None:
+            logits = wide(logits.index_select(0, lanes))
+            lane, token, bias = changed.biased
+            logits[lane, token] += bias.to(logits.dtype)
+            lanes = torch.arange(len(lanes), device=self._device)
+        if changed.penalised is None:
+            return logits
+        assert self._seen is not None
+        if kernels.available(logits.device):
+            # Without a penalty it is a copy.
+            with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
+                return kernels.penalise(logits, lanes, self._seen, changed.rows, changed.settings.float())
+        return penalise(wide(logits.index_select(0, lanes)), self._seen.index_select(0, changed.rows), changed.settings)
 
     def _tell(self, logits: Tensor, ids: Tensor, lanes: _Lanes) -> Drawn:
         if lanes.told_lanes is None:
             return Drawn(ids)
-        known = _wide(logits.index_select(0, lanes.told_lanes)).log_softmax(-1)
-        own = known.gather(1, ids.index_select(0, lanes.told_lanes)[:, None])[:, 0]
-        top = known.topk(min(lanes.alternatives, known.shape[1]), -1)
-        return Drawn(ids, lanes.told, own, top.indices, top.values)
+        everyone = len(lanes.told) == len(logits)
+        told = logits if everyone else logits.index_select(0, lanes.told_lanes)
+        if kernels.available(logits.device):
+            with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
+                total = kernels.log_sum(logits, lanes.told_lanes)[:, None]
+        else:
+            total = wide(told).logsumexp(-1, keepdim=True)
+        own = told.gather(1, ids.index_select(0, lanes.told_lanes)[:, None]) - total
+        top = told.topk(min(lanes.alternatives, told.shape[1]), -1)
+        return Drawn(ids, lanes.told, own[:, 0], top.indices, top.values - total)
 
-    def _parameters(self) -> Tensor:
-        """Settings of every row, float64 `[rows, parameters]` on the device."""
-        if self._table is None:
-            rows = [[float(getattr(sampling, name)) for name in _COLUMNS] for sampling in self._settings]
-            self._table = upload(rows, torch.float64, self._device)
-        return self._table
-
-    def _plan(self, rows: tuple[int, ...]) -> _Lanes:
-        def on(values: Sequence[int]) -> Tensor | None:
-            return upload(values, torch.int64, self._device) if values else None
-
-        settings = [self._settings[row] if row >= 0 else Sampling() for row in rows]
-        worked = [i for i, s in enumerate(settings) if s.temperature > 0 or s.logit_bias or s.penalised]
-        own = [settings[lane] for lane in worked]
-        penalised = [i for i, s in enumerate(own) if s.penalised]
-        drawn = [i for i, s in enumerate(own) if s.temperature > 0]
-        biases = [(i, token, bias) for i, s in enumerate(own) for token, bias in s.logit_bias.items()]
-        biased = None
-        if biases:
-            lane, token, bias = zip(*biases, strict=True)
-            biased = (
-                upload(lane, torch.int64, self._device),
-                upload(token, torch.int64, self._device),
-                upload(bias, torch.float64, self._device),
-            )
-        told = tuple(i for i, s in enumerate(settings) if s.logprobs is not None)
+    def _plan(self, rows: NDArray[np.int64]) -> _Lanes:
+        settings, biased = self._settings[rows], [bool(self._biases.get(int(row))) for row in rows]
+        drawn, filtered, penalised = _drawn(settings), _filtered(settings), _penalised(settings)
+        changed = penalised | np.array(biased, np.bool_)
+        told = np.flatnonzero(self._told[rows] >= 0)
         return _Lanes(
-            used=[row for row in rows if row >= 0],
-            worked=on(worked),
-            rows=on([rows[lane] for lane in worked]),
-            biased=biased,
-            penalised=on(penalised),
-            penalised_rows=on([rows[worked[i]] for i in penalised]),
-            drawn=on(drawn),
-            drawn_rows=[rows[worked[i]] for i in drawn],
-            filtered=on([i for i, lane in enumerate(drawn) if own[lane].filtered]),
-            told=told,
-            told_lanes=on(told),
-            alternatives=max((settings[i].logprobs or 0 for i in told), default=0),
+            used=rows[rows >= 0],
+            draws=self._plan_draws(rows, np.arange(len(rows)), drawn & ~changed, filtered),
+            changed=self._plan_changed(rows, np.flatnonzero(changed), penalised, drawn, filtered),
+            told=tuple(told.tolist()),
+            told_lanes=self._on(told),
+            alternatives=int(self._told[rows].max(initial=0)),
         )
 
+    def _plan_draws(
+        self, rows: NDArray[np.int64], lanes: NDArray[np.int64], drawn: NDArray[np.bool_], filtered: NDArray[np.bool_]
+    ) -> _Draws | None:
+        """`drawn`, `filtered`: of all lanes; `lanes`: those of the logits that are drawn from."""
+        here = np.flatnonzero(drawn[lanes])
+        if not len(here):
+            return None
+        own = rows[lanes[here]]
+        return _Draws(
+            upload(here, torch.int64, self._device),
+            own,
+            upload(self._settings[own], torch.float64, self._device),
+            self._on(np.flatnonzero(filtered[lanes[here]])),
+        )
 
-def draw(scores: Tensor, settings: Tensor, noise: Tensor, filtered: Tensor | None) -> Tensor:
-    """One token per row by inverting the distribution function.
+    def _plan_changed(
+        self,
+        rows: NDArray[np.int64],
+        lanes: NDArray[np.int64],
+        penalised: NDArray[np.bool_],
+        drawn: NDArray[np.bool_],
+        filtered: NDArray[np.bool_],
+    ) -> _Changed | None:
+        if not len(lanes):
+            return None
+        own = rows[lanes]
+        biases = [(i, *pair) for i, row in enumerate(own.tolist()) for pair in self._biases.get(row, {}).items()]
+        kinds = (torch.int64, torch.int64, torch.float64)
+        columns = [upload(x, dtype, self._device) for x, dtype in zip(zip(*biases, strict=True), kinds, strict=False)]
+        return _Changed(
+            lanes=upload(lanes, torch.int64, self._device),
+            rows=upload(own, torch.int64, self._device),
+            settings=upload(self._settings[own], torch.float64, self._device),
+            biased=(columns[0], columns[1], columns[2]) if columns else None,
+            penalised=self._on(np.flatnonzero(penalised[lanes])),
+            draws=self._plan_draws(rows, lanes, drawn, filtered),
+        )
 
-    Sums are in float64: in float32 their rounding, which depends on the batch, would move the borders of tokens.
-
-    Parameters
-    ----------
-    scores : Tensor
-        `[rows, vocabulary]`.
-    settings : Tensor
-        float64 `[rows, parameters]`: temperature, top-k, top-p, min-p first.
-    noise : Tensor
-        float64 `[rows]` in [0, 1).
-    filtered : Tensor or None
-        Rows that have a top-k, top-p or min-p.
-
-    Returns
-    -------
-    Tensor
-        int64 `[rows]`.
-    """
-    if kernels.available(scores.device):
-        with torch.cuda.device_of(scores):  # type: ignore[no-untyped-call]
-            return kernels.draw(scores, settings.float(), noise)
-    settings = settings.to(scores.dtype)
-    scores = scores / settings[:, :1]
-    weights = (scores - scores.amax(-1, keepdim=True)).exp_()
-    if filtered is not None:
-        some = weights.index_select(0, filtered)
-        some.masked_fill_(some < threshold(some, settings.index_select(0, filtered)), 0.0)
-        weights.index_copy_(0, filtered, some)
-    total = weights.cumsum(-1, dtype=torch.float64)
-    ids = torch.searchsorted(total, (noise * total[:, -1])[:, None], right=True)[:, 0]
-    return ids.clamp_(max=scores.shape[1] - 1)
-
-
-def threshold(weights: Tensor, settings: Tensor) -> Tensor:
-    """The least weight that top-k, top-p and min-p let through; equal ones stay or go together.
-
-    Parameters
-    ----------
-    weights : Tensor
-        `[rows, vocabulary]`, the largest of a row 1.
-    settings : Tensor
-        `[rows, parameters]`: temperature, top-k, top-p, min-p first.
-
-    Returns
-    -------
-    Tensor
-        Like `weights`, `[rows, 1]`.
-    """
-    if weights.device.type == "cpu" and weights.shape[1] > CANDIDATES:
-        found, enough = _nucleus(weights, weights.topk(CANDIDATES, -1).values, settings)
-        if enough:
-            return found
-    return _nucleus(weights, weights.sort(-1, descending=True).values, settings)[0]
+    def _on(self, indices: NDArray[np.int64]) -> Tensor | None:
+        return upload(indices, torch.int64, self._device) if len(indices) else None
 
 
-def _nucleus(weights: Tensor, largest: Tensor, settings: Tensor) -> tuple[Tensor, bool]:
-    """`threshold` from a row's largest weights, sorted, and (on a CPU) whether they were enough to know it."""
-    top_k, top_p, min_p = settings[:, 1:2].long(), settings[:, 2:3].double(), settings[:, 3:4]
-    number, limited = largest.shape[1], top_k > 0
-    kth = largest.gather(1, (top_k - 1).clamp(0, number - 1)).masked_fill_(~limited, 0.0)
-    kept = largest.masked_fill(largest < kth, 0.0)
-    upto = kept.cumsum(-1, dtype=torch.float64)
-    total = torch.where(limited, upto[:, -1:], weights.sum(-1, keepdim=True, dtype=torch.float64))
-    inside = (upto - kept) < top_p * total
-    last = largest.masked_fill(~inside, torch.inf).amin(-1, keepdim=True).masked_fill_(top_p >= 1, 0.0)
-    enough = True
-    if number < weights.shape[1] and weights.device.type == "cpu":
-        by_k = limited & (largest[:, -1:] < kth)
-        by_p = ~limited & ~inside[:, -1:]
-        by_min = ~limited & (top_p >= 1)
-        enough = bool((by_k | by_p | by_min).all())
-    return torch.maximum(torch.maximum(kth, last), min_p.to(weights.dtype)), enough
+def _row_of(sampling: Sampling) -> NDArray[np.float64]:
+    return np.array([getattr(sampling, name) for name in _COLUMNS], np.float64)
 
 
-def uniform(seeds: NDArray[np.uint64], steps: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """A number in [0, 1) for each pair of seed and step (SplitMix64's mixer, twice)."""
-    mixed = _mix(_mix(seeds + np.uint64(0x9E3779B97F4A7C15)) + steps * np.uint64(0x9E3779B97F4A7C15))
-    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+def _drawn(settings: NDArray[np.float64]) -> NDArray[np.bool_]:
+    drawn: NDArray[np.bool_] = settings[:, 0] > 0
+    return drawn
 
 
-def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+def _filtered(settings: NDArray[np.float64]) -> NDArray[np.bool_]:
+    filtered: NDArray[np.bool_] = (settings[:, 1] > 0) | (settings[:, 2] < 1) | (settings[:, 3] > 0)
+    return filtered
+
+
+def _penalised(settings: NDArray[np.float64]) -> NDArray[np.bool_]:
+    penalised: NDArray[np.bool_] = (settings[:, 4:] != (1.0, 0.0, 0.0)).any(1)
+    return penalised
 
 
 def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of a list or array on a device, without waiting for what runs there."""
     tensor = torch.as_tensor(values, dtype=dtype, device="cpu")
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def _wide(logits: Tensor) -> Tensor:
-    """In float32, or float64 where they are that already."""
-    return logits if logits.dtype == torch.float64 else logits.float()

@@ -15,6 +15,8 @@ from liquidfusion.exceptions import ConfigError, QueueFull
 
 PAUSE = 2
 """Steps without a chunk after one with, while few prompts are read."""
+LEAST = 256
+"""Tokens that a chunk counts at least: a call of the model with fewer takes as long, for it reads all weights."""
 FEW = 4
 """So many times as many rows decode as prompts are read: then these are few."""
 
@@ -32,10 +34,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: chunks to read (at most one per row) and rows that decode a token."""
+    """One step: chunks to read (at most one per row) and rows that decode a token.
+
+    `entering`: tickets of prompts that have but one token left; their rows are among `decoding` from here on, since a
+    chunk of one token is a decode step.
+    """
 
     pieces: tuple[Piece, ...]
     decoding: tuple[int, ...]
+    entering: tuple[int, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.pieces or self.decoding)
@@ -71,7 +78,8 @@ class Scheduler:
     chunk : int
         Tokens of a prompt that are read at once.
     step_tokens : int
-        Tokens of one step, a decoding row counting as one: as many whole chunks run as fit, and at least one.
+        Tokens of one step, a decoding row counting as one and a chunk as its own, or as 256 where it has fewer: as many
+        whole chunks run as fit, and at least one.
     queue_limit : int, optional
         Requests that may wait; None for any number.
 
@@ -171,14 +179,18 @@ class Scheduler:
 
     def plan(self) -> Plan:
         """The next step; it is taken to run."""
+        entering = tuple(job.ticket for job in self._reading if job.left == 1)
+        for job in [job for job in self._reading if job.left == 1]:
+            job.at += 1
+            self._decode(job)
         decoding = tuple(sorted(self._decoding))
         self._since += 1
         if self._since <= PAUSE and self._polite(len(decoding)):
-            return Plan((), decoding)
-        pieces = tuple(self._pieces(max(1, (self.step_tokens - len(decoding)) // self.chunk)))
+            return Plan((), decoding, entering)
+        pieces = tuple(self._pieces(self.step_tokens - len(decoding)))
         if pieces:
             self._since = 0
-        return Plan(pieces, decoding)
+        return Plan(pieces, decoding, entering)
 
     def _polite(self, decoding: int) -> bool:
         """Whether so few read a prompt that those who decode need not wait for them at every step."""
@@ -238,17 +250,27 @@ class Scheduler:
             heapq.heappush(self._free, row)
         return rows
 
-    def _pieces(self, most: int) -> Iterator[Piece]:
+    def _pieces(self, tokens: int) -> Iterator[Piece]:
         turn = list(self._reading)  # oldest first
-        for _ in range(min(most, len(turn))):
+        first = True
+        while turn:
             job = turn[0] if self._oldest_next else min(turn, key=lambda job: job.left)
-            self._oldest_next = not self._oldest_next
+            length = min(self.chunk, job.left)
+            counted = min(self.chunk, max(length, LEAST))
+            if counted > tokens and not first:
+                return
+            self._oldest_next, first = not self._oldest_next, False
+            tokens -= counted
             turn.remove(job)
-            start, job.at = job.at, min(job.at + self.chunk, job.tokens)
-            yield Piece(job.ticket, job.rows[0], start, job.at, job.at == job.tokens)
-            if job.at == job.tokens:
-                self._reading.remove(job)
-                self._decoding |= dict.fromkeys(job.rows, job)
+            start, job.at = job.at, job.at + length
+            yield Piece(job.ticket, job.rows[0], start, job.at, not job.left)
+            if not job.left:
+                self._decode(job)
+
+    def _decode(self, job: _Job) -> None:
+        """Let a prompt that is read have its answers."""
+        self._reading.remove(job)
+        self._decoding |= dict.fromkeys(job.rows, job)
 
 
 def boundaries(tokens: int, chunk: int, cached: int = 0) -> list[int]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from liquidfusion.exceptions import CacheError, UnsupportedError
+from liquidfusion.run.sampling import upload
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,9 @@ class Step:
         return self.ranks[self.single].argmax(1)
 
     def on(self, device: torch.device) -> On:
-        """The step's tensors on a device; copied once a call, since each copy waits for the device."""
+        """The step's tensors on a device; copied once a call, without waiting for what runs there."""
         if device not in self._on:
-            self._on[device] = On(*(tensor.to(device) for tensor in self._tensors))
+            self._on[device] = On(*(upload(tensor, tensor.dtype, device) for tensor in self._tensors))
         return self._on[device]
 
     @cached_property

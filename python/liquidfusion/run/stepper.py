@@ -48,8 +48,8 @@ class Rows(Protocol):
         """Tokens evicted so far."""
         ...
 
-    def read(self, row: int, ids: Sequence[int]) -> Tensor:
-        """Let a row read tokens as one chunk; the last one's logits `[1, vocabulary]`."""
+    def read(self, chunks: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
+        """Let rows read tokens, each as one chunk; logits after the last one of each `[chunks, vocabulary]`."""
         ...
 
     def decode(self, rows: tuple[int, ...], last: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -247,10 +247,10 @@ class Stepper:
         self._gather()
         with self._lock:
             plan = self._scheduler.plan()
+        self._enter(plan.entering)
         # First: a decode step may overwrite the last tokens of rows that it does not serve.
-        self._decode([self._answering[row] for row in plan.decoding])
-        for piece in plan.pieces:
-            self._read(piece)
+        self._decode([self._answering[row] for row in plan.decoding if row in self._answering])
+        self._read(plan.pieces)
         while self._flights and (not plan or self._flights[0].step <= self.steps - self._lag):
             self._land(self._flights.popleft(), waiters)
         self.steps += bool(plan)
@@ -312,7 +312,7 @@ class Stepper:
             ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos)
             answer = _Answer(request, row, ends)
             if sampling.stop and self._tokenizer is not None:
-                answer.text, answer.strings = Detokenizer(self._tokenizer), StopStrings(sampling.stop)
+                answer.text, answer.strings = Detokenizer(self._tokenizer, prompt), StopStrings(sampling.stop)
             work.answers.append(answer)
 
     def _share(self) -> None:
@@ -335,29 +335,51 @@ class Stepper:
         for request in work.requests:
             request.cached_tokens = len(state.tokens)
 
-    def _read(self, piece: Piece) -> None:
-        """Read one chunk of a prompt; the last one gives every answer its row and its first token."""
-        work = self._works[piece.ticket]
-        work.started = True
-        logits = self._rows.read(piece.row, work.prompt[piece.start : piece.stop])
-        self.prompt_tokens += piece.stop - piece.start
-        if self._prefixes.wanted(work.digests, piece.stop):
-            self._prefixes.put(work.digests, self._rows.save_row(piece.row, work.prompt[: piece.stop]))
-        if not piece.last:
+    def _enter(self, tickets: Sequence[int]) -> None:
+        """Let prompts of which one token is left decode it: it is the last one of each of their rows."""
+        begun = [(self._works[ticket].prompt[-1], self._begin(ticket)) for ticket in tickets]
+        last = [(answer.row, token) for token, answers in begun for answer in answers]
+        self.prompt_tokens += len(tickets)
+        if last:
+            row, token = upload(last, torch.int64, self._last.device).unbind(1)
+            self._last.index_copy_(0, row, token)
+
+    def _read(self, pieces: Sequence[Piece]) -> None:
+        """Read chunks of prompts; the last one of each gives every answer its row and its first token."""
+        if not pieces:
             return
-        for answer in work.answers:
-            self._answering[answer.row] = answer
-            if answer.row != piece.row and answer.request.finish_reason is None:
-                self._rows.copy_row(piece.row, answer.row)
+        works = [self._works[piece.ticket] for piece in pieces]
+        chunks = [(piece.row, work.prompt[piece.start : piece.stop]) for piece, work in zip(pieces, works, strict=True)]
+        logits = self._rows.read(chunks)
+        source, wanted = [], []
+        for number, (piece, work) in enumerate(zip(pieces, works, strict=True)):
+            work.started = True
+            self.prompt_tokens += piece.stop - piece.start
+            if self._prefixes.wanted(work.digests, piece.stop):
+                self._prefixes.put(work.digests, self._rows.save_row(piece.row, work.prompt[: piece.stop]))
+            if piece.last:
+                answers = self._begin(piece.ticket)
+                source += [number] * len(answers)
+                wanted += answers
+        if wanted:
+            if source != list(range(len(logits))):
+                logits = logits.index_select(0, upload(source, torch.int64, logits.device))
+            self._draw(logits, tuple(answer.row for answer in wanted), wanted)
+
+    def _begin(self, ticket: int) -> list[_Answer]:
+        """Give every answer to a prompt its row, which holds what the first one has read; those that are wanted."""
         with self._lock:
-            del self._works[piece.ticket]
+            work = self._works.pop(ticket)
+        first = work.answers[0].row
         wanted = [answer for answer in work.answers if answer.request.finish_reason is None]
+        self._answering |= {answer.row: answer for answer in work.answers}
+        for answer in wanted:
+            if answer.row != first:
+                self._rows.copy_row(first, answer.row)
         for answer in work.answers:
             if answer not in wanted:
                 self._free(answer)
-        rows = tuple(answer.row for answer in wanted)
-        if rows:
-            self._draw(logits.expand(len(rows), -1), rows, wanted)
+        return wanted
 
     def _gather(self) -> None:
         """Move answers to low rows where a smaller batch would then do: a step reaches up to the highest row."""

@@ -7,7 +7,9 @@ from typing import Protocol
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What tokenizers give for bytes that are no whole character yet."""
-LONGEST_WAIT = 64
+CONTEXT = 5
+"""Tokens before the answer that are decoded with it, so that its first token's space is seen."""
+LONGEST_WAIT = 16
 """Tokens after which text that still ends in unfinished bytes is given out as it is."""
 
 
@@ -29,15 +31,17 @@ class Detokenizer:
     ----------
     tokenizer
         Something with transformers' `decode`.
+    prompt : sequence of int
+        Tokens before, whose text is not given out.
     skip_special : bool
         Leave special tokens out of the text.
     """
 
-    def __init__(self, tokenizer: Decodes, skip_special: bool = True) -> None:
+    def __init__(self, tokenizer: Decodes, prompt: Sequence[int] = (), *, skip_special: bool = True) -> None:
         self._tokenizer, self._skip = tokenizer, skip_special
-        self._window: list[int] = []  # tokens given out last, then those after them
-        self._before = 0  # of the window: given out before
-        self._given = 0  # characters of the window's text that were given out
+        self._window = list(prompt[-CONTEXT:])  # tokens given out last, then those after them
+        self._before = len(self._window)  # of the window: given out before
+        self._given = len(self._decode(self._window))  # characters of the window's text that were given out
 
     def push(self, *tokens: int) -> str:
         """Take tokens; the text that is certain now and was not given out before."""
@@ -94,7 +98,7 @@ class StopStrings:
             place, _, self.found = min(places)
             self._held = ""
             return text[:place]
-        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        keep = max((overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -104,6 +108,6 @@ class StopStrings:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that `stop` begins with."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -7,9 +7,10 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from liquidfusion.run.stopping import Detokenizer, StopStrings
 from liquidfusion.serving.errors import ApiError
 from liquidfusion.serving.metrics import Metrics
-from liquidfusion.serving.text import Detokenizer, Stops, Text
+from liquidfusion.serving.text import Text
 from liquidfusion.serving.tools import Call, Caller
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Choice:
             500 if the engine failed, 503 if it stopped.
         """
         detokenizer = Detokenizer(self.text, self.prompt, skip_special=not self.raw)
-        stops = Stops(self.stop)
+        stops = StopStrings(self.stop)
         said: list[Said] = []
         length, before, ready = 0, self.arrived, ""
         async for token in self.request:
@@ -118,16 +119,16 @@ class Choice:
         self.content.append(ready)
         return ready
 
-    def _last(self, detokenizer: Detokenizer, stops: Stops, said: list[Said], text: str) -> Piece:
+    def _last(self, detokenizer: Detokenizer, stops: StopStrings, said: list[Said], text: str) -> Piece:
         reason: str | None = self.request.finish_reason
         if stops.found is None:
             if reason == "error":
                 raise ApiError(500, f"The engine failed: {self.request.error}")
             if reason not in ("stop", "length"):
                 raise ApiError(503, "The server is stopping; send the request again.", headers={"Retry-After": "5"})
-            text = self._ready(stops.push(detokenizer.rest()))
+            text = self._ready(stops.push(detokenizer.flush()))
             if stops.found is None:
-                text += self._ready(stops.rest())
+                text += self._ready(stops.flush())
         if stops.found is not None:
             said, reason = [one for one in said if one.offset < self._length], "stop"
         if self.caller is not None:

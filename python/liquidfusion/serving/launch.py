@@ -88,18 +88,18 @@ def build(settings: Settings) -> Service:
         The model cannot be loaded, or not be served.
     """
     from liquidfusion.bench.models import load
-    from liquidfusion.hf.engine import Engine, end_tokens
+    from liquidfusion.hf.engine import Engine, end_tokens, row_nbytes
     from liquidfusion.serving.conversations import Conversations
     from liquidfusion.serving.service import Service
 
     loaded = load(settings.model, device=settings.device, dtype=settings.dtype)
     model: Any = loaded.model
-    rows = settings.rows or rows_that_fit(
-        model.device, row_bytes(model.config, settings.budget, settings.bits, model.dtype.itemsize)
-    )
     options = dict(settings.parameters)
     if settings.bits is not None:
         options["bits"] = settings.bits
+    rows = settings.rows or rows_that_fit(
+        model.device, row_nbytes(model, settings.strategy, settings.budget, **options)
+    )
     engine = Engine(
         model,
         rows=rows,
@@ -111,7 +111,6 @@ def build(settings: Settings) -> Service:
         queue_limit=QUEUE * rows if settings.queue_limit is None else settings.queue_limit,
         **options,
     )
-    engine.served = model  # type: ignore[attr-defined] # caches refer to their models weakly
     try:
         conversations = Conversations(settings.conversations, directory=settings.directory, load=engine.load_state)
     except ConfigError:
@@ -139,35 +138,6 @@ def defaults(model: Any) -> dict[str, float]:
     given = model.generation_config.to_diff_dict()
     names = ["top_k", "top_p", "min_p", "repetition_penalty"] + ["temperature"] * bool(given.get("do_sample"))
     return {name: given[name] for name in names if given.get(name) is not None}
-
-
-def row_bytes(config: Any, budget: int, bits: int | tuple[int, int] | None, element: int) -> int:
-    """Bytes of one row's slots: keys and values, and 16 bytes a slot for position, place in the queue and two scores.
-
-    Parameters
-    ----------
-    config : transformers.PreTrainedConfig
-        The model's.
-    budget : int
-        Slots, per layer and head.
-    bits : int or pair of int, optional
-        Of keys and values; below 16 a scale of two bytes is beside each.
-    element : int
-        Bytes of a number in the model's own type.
-    """
-    text = config.get_text_config(decoder=True)
-    heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    pair = bits if isinstance(bits, tuple) else (bits, bits)
-    slot = 16.0 + sum(_side_bytes(one, head_dim, element) for one in pair)
-    return int(text.num_hidden_layers * kv_heads * budget * slot)
-
-
-def _side_bytes(bits: int | None, head_dim: int, element: int) -> float:
-    if bits is None:
-        return head_dim * element
-    return head_dim * 2 if bits == 16 else -(-head_dim // 8) * bits + 2
 
 
 def rows_that_fit(device: torch.device, row: int) -> int:

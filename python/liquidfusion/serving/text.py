@@ -1,21 +1,16 @@
-"""Between text and tokens: chat templates, text that grows token by token, stop strings."""
+"""Between text and tokens: a model's tokenizer and its chat template."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
 
 from liquidfusion.exceptions import ConfigError
-
-_CONTEXT = 5
-"""Tokens before the answer that are decoded with it, so that its first token's space is seen."""
-_PATIENCE = 16
-"""Tokens after which a character that is still incomplete is let go: its bytes are not UTF-8."""
 
 
 class Text:
@@ -61,11 +56,13 @@ class Text:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special)
         return ids
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of tokens, as it stands: nothing is tidied."""
         if self._backend is not None:
-            return str(self._backend.decode(ids, skip_special_tokens=skip_special))
-        text = self._tokenizer.decode(ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
+            return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+        text = self._tokenizer.decode(
+            token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
         return str(text)
 
     @cached_property
@@ -94,86 +91,3 @@ class _Nothing:
     @staticmethod
     def __getstate__() -> bytes:
         return b""
-
-
-class Detokenizer:
-    """Text of an answer as its tokens arrive: what is given out never changes any more.
-
-    Parameters
-    ----------
-    text : Text
-        The tokenizer.
-    prompt : sequence of int
-        Tokens before the answer.
-    skip_special : bool
-        Whether special tokens are left out.
-    """
-
-    def __init__(self, text: Text, prompt: Sequence[int] = (), *, skip_special: bool = True) -> None:
-        self._text, self._skip = text, skip_special
-        self._ids = list(prompt[-_CONTEXT:])
-        self._read = len(self._ids)
-
-    def push(self, token: int) -> str:
-        """Take a token; what the text has grown by, often nothing within a character."""
-        self._ids.append(token)
-        grown = self._grown()
-        if grown.endswith("\ufffd") and len(self._ids) - self._read < _PATIENCE:
-            return ""
-        # One more round of context than is needed: what a token looks like can depend on the one before.
-        self._ids = self._ids[-(len(self._ids) - self._read + _CONTEXT) :]
-        self._read = len(self._ids)
-        return grown
-
-    def rest(self) -> str:
-        """What is left at the end: an incomplete character as U+FFFD."""
-        grown = self._grown() if len(self._ids) > self._read else ""
-        self._read = len(self._ids)
-        return grown
-
-    def _grown(self) -> str:
-        before = self._text.decode(self._ids[: self._read], skip_special=self._skip)
-        after = self._text.decode(self._ids, skip_special=self._skip)
-        return after[len(before) :]
-
-
-class Stops:
-    """Finds the first of some strings in a text that grows, and holds back what may be its beginning.
-
-    Parameters
-    ----------
-    words : iterable of str
-        Not empty each.
-    """
-
-    def __init__(self, words: Iterable[str]) -> None:
-        self._words = tuple(words)
-        self._held = ""
-        self.found: str | None = None
-
-    def push(self, text: str) -> str:
-        """Take more text; what is certain not to be part of a stop string. Nothing more once one is found."""
-        if self.found is not None:
-            return ""
-        text = self._held + text
-        hits = [(text.find(word), -len(word), word) for word in self._words if word in text]
-        if hits:
-            at, _, self.found = min(hits)
-            self._held = ""
-            return text[:at]
-        keep = max((overlap(text, word) for word in self._words), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def rest(self) -> str:
-        """What was held back, at the end of the text."""
-        held, self._held = self._held, ""
-        return held
-
-
-def overlap(text: str, word: str) -> int:
-    """Length of the longest end of `text` that `word` begins with."""
-    for length in range(min(len(text), len(word) - 1), 0, -1):
-        if text.endswith(word[:length]):
-            return length
-    return 0

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from liquidfusion.serving.text import overlap
+from liquidfusion.run.stopping import overlap
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,10 @@ from liquidfusion.bench.caches import CacheOptions
 from liquidfusion.bench.jobs.shapes import SHAPES, shape_config
 from liquidfusion.bench.models import ModelError, first_line, locate, resolve_device, silence
 from liquidfusion.bench.notices import notice
-from liquidfusion.compute.codes import Coding
 from liquidfusion.exceptions import ConfigError
 from liquidfusion.geometry import Geometry
-from liquidfusion.hf.formats import layer_spec, slot_bytes
+from liquidfusion.hf.formats import plain_formats, row_bytes
 from liquidfusion.precision import Bits, slots_in
-from liquidfusion.state.slots import Format
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,17 +154,7 @@ def bounded_row_bytes(geometry: Geometry, spec: _core.Spec, bits: Bits | None, c
 
     Layers whose keys few bits would spoil are found by running the model; here they count like the others.
     """
-    total = 0
-    for layer in map(geometry.layers.__getitem__, geometry.attention_layers):
-        own = layer_spec(spec, layer.window)
-        keys, values = (None, None) if bits is None else (bits.keys, bits.values)
-        held = Format(_held(keys, layer.key_dim), _held(values, layer.value_dim), layer.latent)
-        total += (context if own.budget is None else own.budget) * slot_bytes(layer, held, own, element)
-    return total
-
-
-def _held(bits: int | None, head_dim: int) -> torch.dtype | Coding | None:
-    return torch.bfloat16 if bits == 16 else None if bits is None else Coding(bits, head_dim)
+    return row_bytes(geometry, plain_formats(geometry, bits), spec, context, element)
 
 
 def largest_budget(geometry: Geometry, cache: CacheOptions, room: float, element: int) -> int:

@@ -156,7 +156,9 @@ def loads(documents: Sequence[dict[str, Any]]) -> list[Section]:
     figures += ["between_tokens_p50", "between_tokens_p99", "refused", "failed"]
     body = []
     for document, facts in zip(documents, told, strict=True):
-        label = ", ".join([str(facts["model"]), *(f"{n} {facts[n]}" for n in names if n in facts and n != "model")])
+        label = ", ".join(
+            [str(facts["model"]), *(f"{n} {facts[n]}" for n in names if facts.get(n) is not None and n != "model")]
+        )
         metrics = document["metrics"]
         cells = [number(m["value"], m["unit"]) if (m := metrics.get(name)) else "" for name in figures]
         body.append([label, *cells])

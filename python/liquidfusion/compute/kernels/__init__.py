@@ -22,7 +22,7 @@ if _FOUND:
     from .coded import decode_coded
     from .decode import decode
     from .distinct import distinctness
-    from .draw import draw
+    from .draw import draw, log_sum, penalise
     from .encode import decode_states, encode_states, place_coded
     from .place import place
     from .prefill import prefill
@@ -35,6 +35,8 @@ if _FOUND:
         "distinctness",
         "draw",
         "encode_states",
+        "log_sum",
+        "penalise",
         "place",
         "place_coded",
         "prefill",
