@@ -1,7 +1,8 @@
 //! A call of the model from its first to its last step: the slots that are overwritten now, and those that are next.
 
 use super::{
-    Call, Failure, Ledger, Ring, SCRATCH, Shape, Slots, WORTH_THREADS, at, needed, per_row, score_error, wrap,
+    Call, Failure, Ledger, Ring, SCRATCH, Shape, Slots, WORTH_THREADS, at, most_victims, needed, per_row, score_error,
+    wrap,
 };
 use crate::decide::{Decided, Rule, Shown};
 use crate::error::{Result, fail};
@@ -65,8 +66,11 @@ impl Ledger {
 
     /// Give the slot that is `step` further on in a head's queue to the row's next token but so many, with scores of 0.
     pub(super) fn take(&mut self, slots: &mut Slots<'_>, head: usize, row: usize, step: usize) -> i32 {
-        let here = self.shape.of(head);
-        let slot = self.queues[here.start + wrap(self.rings[row].start + step, self.shape.slots)];
+        let (here, entries, empty) = (self.shape.of(head), self.entries(head), self.empty(row));
+        let slot = match step.checked_sub(empty) {
+            None => (self.seen[row] + step) as i32,
+            Some(step) => self.victims[entries.start + wrap(self.rings[row].start + step, entries.len())],
+        };
         let taken = here.start + slot as usize;
         self.evictions += u64::from(slots.positions[taken] >= 0);
         slots.clear(taken..taken + 1);
@@ -76,8 +80,8 @@ impl Ledger {
 
     /// Count a row's `new` tokens, for which so many slots were `taken`.
     pub(super) fn pass(&mut self, row: usize, new: usize, taken: usize) {
-        let Ring { start, len } = self.rings[row];
-        self.rings[row] = Ring { start: wrap(start + taken, self.shape.slots), len: len - taken };
+        let (Ring { start, len }, victims) = (self.rings[row], taken.saturating_sub(self.empty(row)));
+        self.rings[row] = Ring { start: wrap(start + victims, most_victims(&self.spec)), len: len - victims };
         self.seen[row] += new;
         if let Some(average) = &mut self.average {
             average.cover(self.seen[row]);
@@ -102,7 +106,7 @@ impl Ledger {
         let mut rings: Vec<Ring> = (0..self.shape.rows).map(|row| self.ring(row)).collect();
         let mut due = vec![0; self.shape.rows];
         for row in self.due() {
-            due[row] = 2 * self.spec.interval() - rings[row].len;
+            due[row] = 2 * self.spec.interval() - self.empty(row) - rings[row].len;
         }
         if due.iter().any(|&victims| victims > 0) {
             self.choose(slots, distinct, &rings, &due)?;
@@ -117,7 +121,7 @@ impl Ledger {
 
     /// Append the victims that are due in each row to its heads' queues, where nobody reads until the length is committed.
     fn choose(&mut self, slots: &Slots<'_>, distinct: Option<&[f32]>, rings: &[Ring], due: &[usize]) -> Result<()> {
-        let Self { spec, shape, seen, average, queues, call, .. } = self;
+        let Self { spec, shape, seen, average, victims: chosen, call, .. } = self;
         let (spec, shape) = (&*spec, *shape);
         let Some(Call { rows, own, .. }) = call else { fail!(Cache, "finish must come after begin") };
         if spec.distinct() && distinct.is_none() {
@@ -130,7 +134,8 @@ impl Ledger {
         let positions = &*slots.positions;
         let failure = Failure::default();
         let threads = if positions.len() < WORTH_THREADS { 1 } else { self.threads };
-        let heads = queues.chunks_exact_mut(shape.slots).enumerate();
+        let entries = most_victims(spec);
+        let heads = chosen.chunks_exact_mut(entries).enumerate();
         let heads = heads.filter(|&(head, _)| due[shape.place(head).row] > 0);
         threads::for_each(threads, heads, |(head, queue)| {
             let (place, here) = (shape.place(head), shape.of(head));
@@ -146,12 +151,11 @@ impl Ledger {
             let (ring, due) = (rings[place.row], due[place.row]);
             let shown = Shown { place, seen: seen[place.row], stored: &positions[here], columns: &[], scores };
             SCRATCH.with_borrow_mut(|scratch| {
-                let [a, b] = ring.parts(shape.slots);
+                let [a, b] = ring.parts(entries);
                 let decided = scratch.decide(shown, [&queue[a], &queue[b]], Some(&rule));
                 match decided.map_err(|bad| score_error(place, bad)).and_then(|decided| victims(place, decided, due)) {
                     Ok(victims) => {
-                        let [a, b] =
-                            Ring { start: wrap(ring.start + ring.len, shape.slots), len: due }.parts(shape.slots);
+                        let [a, b] = Ring { start: wrap(ring.start + ring.len, entries), len: due }.parts(entries);
                         let (first, second) = victims.split_at(a.len());
                         queue[a].copy_from_slice(first);
                         queue[b].copy_from_slice(second);

@@ -181,22 +181,15 @@ impl Ledger {
             None => (0..self.shape.rows * kv_heads).map(|_| None).collect(),
         };
         let heads = (slots.positions[of_layer.clone()].chunks_exact_mut(per_head))
-            .zip(self.queues[of_layer].chunks_exact_mut(per_head))
             .zip(&mut targets)
             .enumerate()
             .filter_map(|(i, head)| own[i / kv_heads].map(|row| (row, row * kv_heads + i % kv_heads, head)))
             .filter(|&(row, ..)| lengths[row] > 1);
-        threads::for_each(threads, heads, |(row, i, ((positions, queue), targets))| {
+        threads::for_each(threads, heads, |(row, i, (positions, targets))| {
             let source = &plan.source[i * per_head..][..per_head];
             let columns = &plan.columns[row * n..][..n];
-            let mut empty = 0;
-            for (slot, (position, &column)) in positions.iter_mut().zip(source).enumerate() {
-                if column >= 0 {
-                    *position = columns[column as usize];
-                } else if *position < 0 {
-                    queue[empty] = slot as i32;
-                    empty += 1;
-                }
+            for (position, &column) in positions.iter_mut().zip(source).filter(|(_, column)| **column >= 0) {
+                *position = columns[column as usize];
             }
             if let (Some(targets), Some((mass, peak))) = (targets, known.scores) {
                 for (to, from) in targets.iter_mut().zip([mass, peak]) {

@@ -109,29 +109,32 @@ impl Call {
     }
 }
 
-/// What is in use of a row's queues, which are rings: all heads of a row advance together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What is in use of a row's rings of victims: all heads of a row advance together.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Ring {
     start: usize,
     len: usize,
 }
 
 impl Ring {
-    /// Where it is in a queue of so many entries, in its order.
-    fn parts(self, slots: usize) -> [std::ops::Range<usize>; 2] {
+    /// Where it is in a head's entries, of which there are so many, in its order.
+    fn parts(self, entries: usize) -> [std::ops::Range<usize>; 2] {
         let end = self.start + self.len;
-        [self.start..end.min(slots), 0..end.saturating_sub(slots)]
+        [self.start..end.min(entries), 0..end.saturating_sub(entries)]
     }
 }
 
 /// Reuse queues and counters.
+///
+/// A row that has seen `n` tokens holds them in its first `n` slots until they are all in use. So its queue is the slots from there on, of
+/// which nothing need be stored, and then the victims.
 #[derive(Debug, Clone)]
 pub struct Ledger {
     spec: Spec,
     average: Option<Average>,
     shape: Shape,
-    /// Slots in the order in which they are overwritten, as many as there are for each head.
-    queues: Vec<i32>,
+    /// The victims' slots in the order in which they are overwritten, `Ledger::entries` for each head.
+    victims: Vec<i32>,
     rings: Vec<Ring>,
     seen: Vec<usize>,
     evictions: u64,
@@ -154,10 +157,10 @@ impl Ledger {
         }
         Ok(Self {
             average: Average::of(&spec),
+            victims: vec![0; shape.heads() * most_victims(&spec)],
             spec,
             shape,
-            queues: (0..shape.heads()).flat_map(|_| 0..shape.slots as i32).collect(),
-            rings: vec![Ring { start: 0, len: shape.slots }; shape.rows],
+            rings: vec![Ring::default(); shape.rows],
             seen: vec![0; shape.rows],
             evictions: 0,
             call: None,
@@ -186,7 +189,7 @@ impl Ledger {
     /// Length of each row's queues.
     #[must_use]
     pub fn queue_lengths(&self) -> Vec<usize> {
-        self.rings.iter().map(|ring| ring.len).collect()
+        (0..self.shape.rows).map(|row| self.empty(row) + self.rings[row].len).collect()
     }
 
     /// Tokens evicted so far: overwritten victims and tokens dropped by chunks, summed over all heads.
@@ -198,7 +201,7 @@ impl Ledger {
     /// Bytes of the queues.
     #[must_use]
     pub fn nbytes(&self) -> usize {
-        size_of_val(&*self.queues)
+        size_of_val(&*self.victims)
     }
 
     /// Copy queue entries `skip[i]` and following of `rows[i]` (`None`: all rows) into `out` (`[layers, rows, kv_heads, n]`), -1 beyond
@@ -246,22 +249,34 @@ impl Ledger {
 
     /// The queue of one head.
     fn queue(&self, head: usize) -> impl Iterator<Item = i32> {
-        let entries = &self.queues[self.shape.of(head)];
-        let parts = self.ring(self.shape.place(head).row).parts(entries.len());
-        parts.into_iter().flat_map(|part| &entries[part]).copied()
+        let (entries, row) = (&self.victims[self.entries(head)], self.shape.place(head).row);
+        let empty = self.shape.slots - self.empty(row)..self.shape.slots;
+        let victims = self.ring(row).parts(entries.len()).into_iter().flat_map(|part| &entries[part]).copied();
+        empty.map(|slot| slot as i32).chain(victims)
     }
 
-    /// A row's ring, as a chunk of the running call leaves it.
+    /// The victims of a head, among those of all.
+    fn entries(&self, head: usize) -> std::ops::Range<usize> {
+        let each = most_victims(&self.spec);
+        head * each..(head + 1) * each
+    }
+
+    /// Slots of each head of a row that are still empty.
+    fn empty(&self, row: usize) -> usize {
+        self.shape.slots - self.stored(self.seen[row])
+    }
+
+    /// A row's ring, as the running call leaves it: a chunk makes the choice anew.
     fn ring(&self, row: usize) -> Ring {
         let chunk = self.call.as_ref().is_some_and(|call| call.length(row) > 1);
-        if chunk { Ring { start: 0, len: self.shape.slots - self.stored(self.seen[row]) } } else { self.rings[row] }
+        if chunk { Ring::default() } else { self.rings[row] }
     }
 
     /// Rows of the running call that choose their next victims when it ends.
     #[must_use]
     pub fn due(&self) -> Vec<usize> {
         let Some(call) = &self.call else { return Vec::new() };
-        let low = |row: &usize| call.length(*row) > 0 && self.ring(*row).len <= self.spec.interval();
+        let low = |row: &usize| call.length(*row) > 0 && self.empty(*row) + self.ring(*row).len <= self.spec.interval();
         if self.spec.strategy().bounded { call.rows.iter().copied().filter(low).collect() } else { Vec::new() }
     }
 
@@ -298,6 +313,11 @@ fn per_row(name: &str, values: &[i64], rows: &[usize]) -> Result<()> {
         fail!(Tensor, "{name} must have one entry per row, {}, got {}", rows.len(), values.len());
     }
     Ok(())
+}
+
+/// Victims that a head can have at a time.
+fn most_victims(spec: &Spec) -> usize {
+    if spec.strategy().bounded { 2 * spec.interval() } else { 0 }
 }
 
 fn wrap(i: usize, len: usize) -> usize {

@@ -1,6 +1,6 @@
 //! Rows as a whole: emptied, copied, put in another order, taken over from elsewhere, or given more slots.
 
-use super::{Ledger, Place, Ring, Shape, Slots, at, per_row};
+use super::{Ledger, Place, Ring, Shape, Slots, at, most_victims, per_row};
 use crate::error::{Result, fail};
 use crate::split::MOST_TOKENS;
 use crate::view::View;
@@ -26,7 +26,8 @@ impl Ledger {
         let interval = if self.spec.strategy().bounded { self.spec.interval() } else { 0 };
         let mut counts = Vec::with_capacity(rows.len());
         for (i, (&count, &row)) in steps.iter().zip(&rows).enumerate() {
-            let most = self.rings[row].len.saturating_sub(interval + usize::from(interval > 0));
+            let queued = self.empty(row) + self.rings[row].len;
+            let most = queued.saturating_sub(interval + usize::from(interval > 0));
             match usize::try_from(count) {
                 Ok(n) if n <= most.min(MOST_TOKENS - self.seen[row]) || n == 0 => counts.push(n),
                 _ => fail!(Cache, "steps[{i}] must be from 0 to {most}, before row {row} needs victims, got {count}"),
@@ -54,13 +55,9 @@ impl Ledger {
 
     fn clear(&mut self, slots: &mut Slots<'_>, row: usize) {
         for head in self.heads_of(row) {
-            let here = self.shape.of(head);
-            for (slot, entry) in self.queues[here.clone()].iter_mut().enumerate() {
-                *entry = slot as i32;
-            }
-            slots.clear(here);
+            slots.clear(self.shape.of(head));
         }
-        self.rings[row] = Ring { start: 0, len: self.shape.slots };
+        self.rings[row] = Ring::default();
         self.seen[row] = 0;
     }
 
@@ -77,8 +74,9 @@ impl Ledger {
         self.check_slots(slots)?;
         let (source, target) = (self.row("source", source)?, self.row("target", target)?);
         for (from, to) in self.heads_of(source).zip(self.heads_of(target)) {
+            let (entries, start) = (self.entries(from), self.entries(to).start);
+            self.victims.copy_within(entries, start);
             let (from, to) = (self.shape.of(from), self.shape.of(to).start);
-            self.queues.copy_within(from.clone(), to);
             slots.positions.copy_within(from.clone(), to);
             if let Some((mass, peak)) = &mut slots.scores {
                 mass.copy_within(from.clone(), to);
@@ -100,16 +98,11 @@ impl Ledger {
         if from.iter().enumerate().all(|(to, &from)| to == from) {
             return Ok(());
         }
-        let of_layer = self.shape.rows * self.shape.kv_heads;
-        let of_row = self.shape.kv_heads * self.shape.slots;
-        // Layer by layer, so that no second copy of everything is needed.
-        let mut old = Vec::new();
-        for layer in self.queues.chunks_exact_mut(of_layer * self.shape.slots) {
-            old.clear();
-            old.extend_from_slice(layer);
-            for (to, &from) in layer.chunks_exact_mut(of_row).zip(&from) {
-                to.copy_from_slice(&old[from * of_row..][..of_row]);
-            }
+        let of_row = self.shape.kv_heads * most_victims(&self.spec);
+        let old = self.victims.clone();
+        for (to, i) in self.victims.chunks_exact_mut(of_row.max(1)).zip(0..) {
+            let (layer, row) = (i / self.shape.rows, i % self.shape.rows);
+            to.copy_from_slice(&old[(layer * self.shape.rows + from[row]) * of_row..][..of_row]);
         }
         self.rings = from.iter().map(|&row| self.rings[row]).collect();
         self.seen = from.iter().map(|&row| self.seen[row]).collect();
@@ -155,16 +148,21 @@ impl Ledger {
                 Ok(n) if bounded && n <= self.spec.interval() => {
                     refuse(format!("{n} slots are queued, more than {} are needed", self.spec.interval()))?;
                 }
+                Ok(n) if n > slots - counts[row].min(slots) + most_victims(&self.spec) => {
+                    refuse(format!("{n} slots are queued, more than can be"))?;
+                }
                 Ok(_) => {}
             }
         }
         for (i, queue) in queues.data().chunks_exact(slots).enumerate() {
-            let here = self.shape.of(self.shape.head(head_of(i)));
-            self.queues[here].copy_from_slice(queue);
+            let (entries, row) = (self.entries(self.shape.head(head_of(i))), i / kv_heads % rows.len());
+            let empty = slots - counts[row].min(slots);
+            let victims = &queue[empty..lens[row].unwrap_or(empty)];
+            self.victims[entries][..victims.len()].copy_from_slice(victims);
         }
         for ((&row, len), count) in rows.iter().zip(lens).zip(counts) {
-            self.rings[row] = Ring { start: 0, len: len.unwrap_or(slots) };
             self.seen[row] = count;
+            self.rings[row] = Ring { start: 0, len: len.map_or(0, |len| len - self.empty(row)) };
         }
         Ok(())
     }
@@ -180,16 +178,6 @@ impl Ledger {
             let (own, got) = (self.shape.dims(), shape.dims());
             fail!(Tensor, "grow needs the shape {own:?} with at least as many slots, got {got:?}");
         }
-        let mut queues = vec![0; shape.heads() * new];
-        for (head, queue) in queues.chunks_exact_mut(new).enumerate() {
-            for (to, entry) in queue.iter_mut().zip(self.queue(head).chain(old as i32..new as i32)) {
-                *to = entry;
-            }
-        }
-        self.queues = queues;
-        for ring in &mut self.rings {
-            *ring = Ring { start: 0, len: ring.len + new - old };
-        }
         self.shape = shape;
         Ok(())
     }
@@ -202,6 +190,7 @@ fn check_head(queue: &[i32], positions: &[i32], seen: usize) -> std::result::Res
     if let Some(entry) = queue[len..].iter().find(|&&s| s != -1) {
         return Err(format!("behind the end of the queue must be -1, got {entry}"));
     }
+    let held = seen.min(slots);
     let mut queued = vec![false; slots];
     for &slot in &queue[..len] {
         match queued.get_mut(slot as usize) {
@@ -223,8 +212,11 @@ fn check_head(queue: &[i32], positions: &[i32], seen: usize) -> std::result::Res
     if let Some(&[twice, _]) = stored.windows(2).find(|pair| pair[0] == pair[1]) {
         return Err(format!("position {twice} is stored twice"));
     }
-    if stored.len() != seen.min(slots) {
-        return Err(format!("{} tokens are stored where {} are due", stored.len(), seen.min(slots)));
+    if stored.len() != held {
+        return Err(format!("{} tokens are stored where {held} are due", stored.len()));
+    }
+    if !queue[..len].iter().take(slots - held).copied().eq(held as i32..slots as i32) {
+        return Err(format!("the queue does not begin with the empty slots from {held} on"));
     }
     Ok(len)
 }
