@@ -279,7 +279,7 @@ def test_a_reordered_row_goes_on_as_its_source(strategy: str) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_bytes_are_what_the_formula_gives(strategy: str) -> None:
-    """Slots x (2 x head size x element + 4 for the position + 8 for the scores), and the queues."""
+    """Slots x (2 x head size x element + 4 for the position + 8 for the scores), and 4 for each victim there can be."""
     model = tiny("qwen3")
     kv = lf.KVCache(model, strategy, BUDGET)
     assert kv.nbytes == 0
@@ -289,8 +289,7 @@ def test_bytes_are_what_the_formula_gives(strategy: str) -> None:
     config = model.config
     slots = config.num_hidden_layers * 3 * config.num_key_value_heads * (kv.positions(0).shape[2])
     body = slots * (2 * config.head_dim * 4 + 4 + (8 if kv.spec.scored else 0))
-    queues = kv.nbytes - body
-    # A queue entry is a slot number of four bytes; there are at most as many as slots.
-    assert 0 <= queues <= 4 * slots
+    victims = 2 * kv.spec.interval if kv.spec.bounded else 0
+    assert kv.nbytes == body + 4 * victims * config.num_hidden_layers * 3 * config.num_key_value_heads
     held = sum(tensor.nbytes for layer in layers(model) for tensor in kv.keys_values(layer))
     assert held == slots * 2 * config.head_dim * 4

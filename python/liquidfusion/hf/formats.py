@@ -23,7 +23,7 @@ from liquidfusion.state.slots import Format
 SMALLEST_WINDOW = 8
 """Sliding windows of fewer tokens are kept by the cache's own strategy."""
 
-POSITION_BYTES, SCORE_BYTES, QUEUE_BYTES = 4, 8, 4
+POSITION_BYTES, SCORE_BYTES, VICTIM_BYTES = 4, 8, 4
 
 _warned: WeakSet[PreTrainedModel] = WeakSet()
 
@@ -106,7 +106,7 @@ def slot_bytes(layer: Layer, held: Format, spec: _core.Spec, element: int) -> in
         return head_dim * (element if how is None else how.itemsize)
 
     values = 0 if held.front else side(held.values, layer.value_dim)
-    beside = POSITION_BYTES + QUEUE_BYTES + (SCORE_BYTES if spec.scored else 0)
+    beside = POSITION_BYTES + (SCORE_BYTES if spec.scored else 0)
     return layer.kv_heads * (side(held.keys, layer.key_dim) + values + beside)
 
 
@@ -131,6 +131,7 @@ def row_bytes(geometry: Geometry, formats: Sequence[Format], spec: _core.Spec, c
         layer, own = geometry.layers[index], layer_spec(spec, geometry.layers[index].window)
         total += (context if own.budget is None else own.budget) * slot_bytes(layer, formats[index], own, element)
         total += first_bytes(layer, with_first(formats[index], own))
+        total += layer.kv_heads * 2 * own.interval * VICTIM_BYTES if own.bounded else 0
     return total
 
 
