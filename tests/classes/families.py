@@ -23,6 +23,11 @@ class Case:
     overrides: dict[str, Any]
     multimodal: bool
 
+    @property
+    def key(self) -> str:
+        """Its name in the record."""
+        return f"{self.name}/{self.kind}"
+
 
 def cases() -> Iterator[Case]:
     """Every language model class of the installed transformers, its variants after it."""

@@ -1,7 +1,8 @@
 """The table of docs/models.md: every language model class of the installed transformers, small, with a KVCache.
 
-`python tests/classes/table.py` looks at all of them and compares with what was recorded; `--write` records and renews
-the table; names choose some. A class that was served and now answers otherwise fails.
+`python tests/classes/table.py` looks at all of them and compares with what was recorded; `--write` records each as it
+ends and renews the table; `--new` looks at those that the record has not; names choose some. A class that was served
+and now answers otherwise fails.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ PAGE = HERE.parents[1] / "docs" / "models.md"
 MARKS = "<!-- classes: begin -->\n", "<!-- classes: end -->"
 """What stands between them on the page is written here."""
 SECONDS = 60
-"""Given to a class."""
+"""Processor time given to a class."""
+PATIENCE = 10
+"""How many times as long it may take by the clock, on a machine with other work."""
 
 sys.path.insert(0, str(HERE.parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,8 +39,11 @@ def main() -> int:
     """Look, compare, and write if told to."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="model types, with or without a variant; default: all")
-    parser.add_argument("--write", action="store_true", help="record the outcome and renew the table in docs/models.md")
-    parser.add_argument("--seconds", type=int, default=SECONDS, help="time limit of a class")
+    parser.add_argument(
+        "--write", action="store_true", help="record each outcome and renew the table in docs/models.md"
+    )
+    parser.add_argument("--new", action="store_true", help="look only at classes without a recorded outcome")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help="limit of a class in seconds of processor time")
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
     import torch
@@ -45,33 +51,39 @@ def main() -> int:
     torch.set_num_threads(1)
     from classes import families, probe
 
-    cases = [
+    record: dict[str, dict[str, Any]] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    named = [
         case for case in families.cases()
         if not chosen.names or {case.name, case.name.split("#")[0]} & set(chosen.names)
     ]  # fmt: skip
-    if not cases:
+    if not named:
         parser.error(f"no class is called {chosen.names}")
-    record: dict[str, dict[str, Any]] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     worse, outcomes = [], {}
-    for case in cases:
-        start = time.monotonic()
-        outcome = forked(probe.probe, case, chosen.seconds)
-        key = f"{case.name}/{case.kind}"
-        outcomes[key] = outcome
-        before = record.get(key, {}).get("status", "new")
-        changed = "" if before == outcome["status"] else f"  [was: {before}]"
-        print(f"{probe.Outcome(**outcome)}  {time.monotonic() - start:.1f} s{changed}", flush=True)
-        if outcome["status"] in (probe.WRONG, probe.CRASHED) or (
-            before == probe.WORKS and outcome["status"] != probe.WORKS
-        ):
-            worse.append(key)
+    try:
+        for case in named:
+            if chosen.new and case.key in record:
+                continue
+            start = time.monotonic()
+            outcome = outcomes[case.key] = forked(probe.probe, case, chosen.seconds)
+            before = record.get(case.key, {}).get("status", "new")
+            changed = "" if before == outcome["status"] else f"  [was: {before}]"
+            print(f"{probe.Outcome(**outcome)}  {time.monotonic() - start:.1f} s{changed}", flush=True)
+            if outcome["status"] in (probe.WRONG, probe.CRASHED) or (
+                before == probe.WORKS and outcome["status"] != probe.WORKS
+            ):
+                worse.append(case.key)
+            if chosen.write:  # at once, so that a run that is interrupted can go on with --new
+                RECORD.write_text(json.dumps(dict(sorted((record | outcomes).items())), indent=1) + "\n")
+    except KeyboardInterrupt:
+        print("interrupted; --new goes on with the rest")
+        worse.append("not all were looked at")
     summary(list(outcomes.values()))
     if chosen.write:
-        record = dict(sorted((record | outcomes).items()))
-        RECORD.write_text(json.dumps(record, indent=1) + "\n")
         page, begin, end = PAGE.read_text(), *MARKS
         before, _, rest = page.partition(begin)
-        PAGE.write_text(before + begin + rendered(record) + end + rest.partition(end)[2])
+        PAGE.write_text(
+            before + begin + rendered(dict(sorted((record | outcomes).items()))) + end + rest.partition(end)[2]
+        )
     if worse:
         print(f"wrong, crashed, or no longer served: {', '.join(worse)}")
     return int(bool(worse))
@@ -126,7 +138,8 @@ def forked(function: Any, case: Any, seconds: int) -> dict[str, Any]:
         code = 1
         try:
             os.close(read)
-            signal.alarm(seconds)
+            signal.setitimer(signal.ITIMER_PROF, seconds)
+            signal.alarm(PATIENCE * seconds)
             os.write(write, json.dumps(function(case)).encode())
             code = 0
         except BaseException:
@@ -139,7 +152,9 @@ def forked(function: Any, case: Any, seconds: int) -> dict[str, Any]:
     _, status = os.waitpid(child, 0)
     if answer:
         return dict(json.loads(answer))
-    reason = f"took longer than {seconds} s" if status == signal.SIGALRM else f"ended with status {status}"
+    reason = (
+        f"took longer than {seconds} s" if status in (signal.SIGALRM, signal.SIGPROF) else f"ended with status {status}"
+    )
     return {"name": case.name, "kind": case.kind, "multimodal": case.multimodal, "status": "crashed", "reason": reason}
 
 
