@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain
@@ -228,15 +228,32 @@ def interface_names(module: nn.Module) -> frozenset[str]:
 
 @functools.cache
 def _class_names(kind: type) -> frozenset[str]:
-    names: set[str] = set()
+    return frozenset(name for code in _attending(kind) for name in _names(code))
+
+
+def keywords(module: nn.Module) -> frozenset[str]:
+    """Keywords that a module's code hands to its attention by name."""
+    kind: Any = type(module)
+    return _class_keywords(kind)
+
+
+@functools.cache
+def _class_keywords(kind: type) -> frozenset[str]:
+    # The names of a call's keywords are one constant of its code.
+    constants = (constant for code in _attending(kind) for constant in code.co_consts)
+    calls = [names for names in constants if isinstance(names, tuple) and {"scaling", "dropout"} & set(names)]
+    return frozenset(str(name) for names in calls for name in names)
+
+
+def _attending(kind: type) -> Iterator[CodeType]:
+    """Code of a class that attends through transformers' interface."""
     for base in kind.__mro__:
         if base in (PreTrainedModel, nn.Module):  # a whole model knows the interface, to choose a function
             break
         for function in vars(base).values():
             code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
             if code is not None and INTERFACE in code.co_names:
-                names.update(_names(code))
-    return frozenset(names)
+                yield code
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -258,13 +275,40 @@ def _is_decoder(module: nn.Module, config: Any) -> bool:
     return isinstance(getattr(module, "config", config), type(config))
 
 
-FOREIGN = {
+_FOREIGN = {
     "position_bias": "adds a learnt bias to its attention by relative position (position_bias)",
     "indices": "attends to tokens that an index of its own picks (indices)",
     "block_indices": "attends to blocks that an index of its own picks (block_indices)",
     "sinks": "gives its attention sinks in a way of its own (sinks)",
 }
 """Keywords of transformers' attention interface that change what attention is, and what each of them does."""
+
+_TELLING = ("bias", "alibi", "sink", "indices", "cu_seq_lens", "block_mask", "score_mod")
+"""Parts of names of keywords that change it; others that a call brings along, attention functions do not read."""
+
+_KNOWN = frozenset(
+    {
+        "scaling", "dropout", "sliding_window", "softcap", "s_aux", "attention_mask", "is_causal", "deterministic",
+        "position_ids", "cache_position", "max_length_q", "max_length_k", "use_cache", "output_attentions",
+    }
+)  # fmt: skip
+"""Keywords that models hand to it by name and that are understood, or change nothing."""
+
+
+def foreign(names: Iterable[str], named: bool = False) -> str:
+    """What the first keyword of attention does that a KVCache does not know, or nothing.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Keywords.
+    named : bool
+        Whether a model's own code names them, and they did not only come along with a call.
+    """
+    unknown = (n for n in sorted(names) if n not in _KNOWN and (named or any(part in n for part in _TELLING)))
+    name = next(unknown, None)
+    return "" if name is None else _FOREIGN.get(name, f"hands its attention a keyword of its own ({name})")
+
 
 # What the code of a model does beyond its configuration and its modules, by the configuration's model_type.
 _WAYS_OF_THEIR_OWN = {
@@ -329,8 +373,8 @@ def _check(model: PreTrainedModel, config: Any, modules: Modules) -> None:
     if own in _WAYS_OF_THEIR_OWN:
         raise refuse(_WAYS_OF_THEIR_OWN[own])
     for module in modules:
-        if foreign := sorted(set(FOREIGN) & interface_names(module)):
-            raise refuse(FOREIGN[foreign[0]])
+        if unknown := foreign(keywords(module), named=True) or foreign(set(_FOREIGN) & interface_names(module)):
+            raise refuse(unknown)
         # A decoder's module may say so and still be given causal masks; around images, masks tell in each call.
         causal = getattr(module, "is_causal", True) or getattr(module, "is_decoder", False)
         if config is model.config and not (causal and getattr(config, "is_causal", True)):

@@ -15,11 +15,10 @@ MULTIMODAL = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODA
 
 @dataclass(frozen=True)
 class Case:
-    """One class with one configuration: `name` as in the table, `kind` the class, `config` its configuration's."""
+    """One class with one configuration: `name` as in the table, `kind` the class."""
 
     name: str
     kind: str
-    config: Any
     overrides: dict[str, Any]
     multimodal: bool
 
@@ -27,6 +26,13 @@ class Case:
     def key(self) -> str:
         """Its name in the record."""
         return f"{self.name}/{self.kind}"
+
+    @property
+    def config(self) -> Any:
+        """Class of its configuration; its modules are imported now and not before."""
+        return (
+            getattr(getattr(transformers, self.kind), "config_class", None) or CONFIG_MAPPING[self.name.split("#")[0]]
+        )
 
 
 def cases() -> Iterator[Case]:
@@ -40,10 +46,9 @@ def cases() -> Iterator[Case]:
         if (name, kind) in seen:
             continue
         seen.add((name, kind))
-        config = getattr(getattr(transformers, kind), "config_class", None) or CONFIG_MAPPING[name]
-        yield Case(name, kind, config, OVERRIDES.get(name, {}), multimodal)
+        yield Case(name, kind, OVERRIDES.get(name, {}), multimodal)
         for variant, overrides in VARIANTS.get(name, {}).items():
-            yield Case(f"{name}#{variant}", kind, config, OVERRIDES.get(name, {}) | overrides, multimodal)
+            yield Case(f"{name}#{variant}", kind, OVERRIDES.get(name, {}) | overrides, multimodal)
 
 
 _SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}

@@ -51,7 +51,7 @@ def main() -> int:
     torch.set_num_threads(1)
     from classes import families, probe
 
-    record: dict[str, dict[str, Any]] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    record = recorded()
     named = [
         case for case in families.cases()
         if not chosen.names or {case.name, case.name.split("#")[0]} & set(chosen.names)
@@ -73,7 +73,7 @@ def main() -> int:
             ):
                 worse.append(case.key)
             if chosen.write:  # at once, so that a run that is interrupted can go on with --new
-                RECORD.write_text(json.dumps(dict(sorted((record | outcomes).items())), indent=1) + "\n")
+                keep(record | outcomes)
     except KeyboardInterrupt:
         print("interrupted; --new goes on with the rest")
         worse.append("not all were looked at")
@@ -81,12 +81,23 @@ def main() -> int:
     if chosen.write:
         page, begin, end = PAGE.read_text(), *MARKS
         before, _, rest = page.partition(begin)
-        PAGE.write_text(
-            before + begin + rendered(dict(sorted((record | outcomes).items()))) + end + rest.partition(end)[2]
-        )
+        PAGE.write_text(before + begin + rendered(recorded()) + end + rest.partition(end)[2])
     if worse:
         print(f"wrong, crashed, or no longer served: {', '.join(worse)}")
     return int(bool(worse))
+
+
+def recorded() -> dict[str, dict[str, Any]]:
+    """Outcomes on record, by `Case.key`; none if there is no record."""
+    return dict(json.loads(RECORD.read_text())["classes"]) if RECORD.exists() else {}
+
+
+def keep(outcomes: dict[str, dict[str, Any]]) -> None:
+    """Write the record."""
+    import transformers
+
+    record = {"transformers": transformers.__version__, "classes": dict(sorted(outcomes.items()))}
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def summary(outcomes: list[dict[str, Any]]) -> None:
