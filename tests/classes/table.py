@@ -49,7 +49,11 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(1)
+    # What is imported now need not be in each process.
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
     from classes import families, probe
+    from liquidfusion.hf import cache  # noqa: F401
 
     record = recorded()
     named = [
