@@ -202,7 +202,8 @@ class Modules:
                 else:
                     anywhere.append(module)
         told = int(getattr(config, "num_hidden_layers", 0) or 0)
-        repeats = any("cache_offset" in interface_names(module) for module in attention.values())
+        # Layers that run several times over a text have keys of each time, in layers of the cache after their own.
+        repeats = any({"cache_offset", "cycle_offset"} & interface_names(module) for module in attention.values())
         types = getattr(config, "layer_types", None)
         return cls(attention, anywhere, len(types) if types else told if repeats or last < 0 else last + 1)
 
@@ -317,14 +318,12 @@ _WAYS_OF_THEIR_OWN = {
     "dory": "runs some of its layers several times over a text, each time with other keys",
     "recurrent_gemma": "keeps its recurrent state inside its own layers, where no cache reaches it",
     "minimax": "takes no cache but one of a class of its own",
+    "kosmos_2_text_model": "makes its attention masks in code of its own",
     "mllama_text_model": "has cross-attention layers that attend to an image",
 }
 
 # Models whose recurrent layers begin anew in every call of more than one token, by their configuration's model_type.
 _FORGETFUL = frozenset({"jamba", "zamba"})
-
-# Models whose generate calls that of a model inside them, by their configuration's model_type: its name.
-_GENERATING = {"kosmos-2": "text_model"}
 
 _KINDS = {
     "full_attention": (Kind.FULL, False),
@@ -364,12 +363,6 @@ def _check(model: PreTrainedModel, config: Any, modules: Modules) -> None:
     types = set(getattr(config, "layer_types", None) or ())
     if other := sorted(types - set(_KINDS)):
         raise refuse(f"has layers of type {other}, which attend in ways that a KVCache does not know")
-    inner = _GENERATING.get(getattr(model.config, "model_type", ""))
-    if inner is not None:
-        raise UnsupportedError(
-            f"{name}'s generate calls that of the model inside it: build the KVCache for model.{inner} and hand it to "
-            "generate as before"
-        )
     if own in _WAYS_OF_THEIR_OWN:
         raise refuse(_WAYS_OF_THEIR_OWN[own])
     for module in modules:
