@@ -289,8 +289,9 @@ _TELLING = ("bias", "alibi", "sink", "indices", "cu_seq_lens", "block_mask", "sc
 
 _KNOWN = frozenset(
     {
-        "scaling", "dropout", "sliding_window", "softcap", "s_aux", "attention_mask", "is_causal", "deterministic",
-        "position_ids", "cache_position", "max_length_q", "max_length_k", "use_cache", "output_attentions",
+        "query", "key", "value", "attention_mask", "scaling", "dropout", "sliding_window", "softcap", "s_aux",
+        "is_causal", "deterministic", "position_ids", "cache_position", "max_length_q", "max_length_k", "use_cache",
+        "output_attentions",
     }
 )  # fmt: skip
 """Keywords that models hand to it by name and that are understood, or change nothing."""
