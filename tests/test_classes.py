@@ -10,7 +10,7 @@ from packaging.version import Version
 
 from classes.families import cases
 from classes.probe import HF_FAILS, REFUSED, WORKS, probe
-from classes.table import RECORD, recorded
+from classes.table import RECORD, recorded, waiting
 
 SERVED = (
     "llama", "mistral", "mixtral", "ministral3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi3", "gemma", "gemma2",
@@ -46,7 +46,9 @@ def test_nothing_on_record_is_wrong() -> None:
     """The table of the documentation: no class that answers wrongly, crashes, or is refused only half-way."""
     statuses = {key: outcome["status"] for key, outcome in recorded().items()}
     assert set(statuses.values()) <= {WORKS, REFUSED, HF_FAILS}
-    assert all(statuses[FOUND[name].key] == WORKS for name in SERVED if name in FOUND)
+    assert {FOUND[name].key for name in SERVED if name in FOUND} - set(waiting()) <= {
+        key for key, status in statuses.items() if status == WORKS
+    }
 
 
 def test_every_class_is_on_record() -> None:
@@ -54,5 +56,5 @@ def test_every_class_is_on_record() -> None:
     made_with = json.loads(RECORD.read_text())["transformers"]
     if Version(transformers.__version__) < Version(made_with):
         pytest.skip(f"the record was made with transformers {made_with}")
-    new = sorted(case.key for case in cases() if case.key not in recorded())
+    new = sorted({case.key for case in cases()} - set(recorded()) - set(waiting()))
     assert not new, f"new in transformers {transformers.__version__}: {', '.join(new)}"

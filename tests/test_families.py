@@ -28,6 +28,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import liquidfusion as lf
 from classes.families import cases
 from classes.probe import load, prompt
+from classes.shrink import build as build_small
+from classes.shrink import small as shrunk
 from liquidfusion.geometry import Geometry, Kind
 from liquidfusion.hf.function import _pattern
 from tiny import build as tiny_build
@@ -234,6 +236,19 @@ def test_a_mask_that_a_layer_changes_in_place_is_refused() -> None:
             run(model, lf.KVCache(model, "h2o", 24), ids, token_type_ids=torch.ones_like(ids))
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize(("name", "told"), [("qwen2#sliding", True), ("qwen2_moe", False)])
+def test_windows_that_only_masks_tell_are_known(name: str, told: bool) -> None:
+    """A step that is replayed has no masks."""
+    case = next(case for case in cases() if case.name == name)
+    kind = getattr(transformers, case.kind)
+    windows = {"use_sliding_window": True, "sliding_window": 10, "layer_types": ["sliding_attention"] * 4}
+    model = build_small(kind, shrunk(case.config, case.overrides | windows))
+    geometry = Geometry.of(model)
+    assert geometry.windows == (10,) * 4
+    assert {layer.told for layer in geometry.layers} == {told}
+    assert geometry.plain == told
 
 
 def test_a_row_without_a_token_does_not_spoil_the_others() -> None:

@@ -51,7 +51,8 @@ class Layer:
     layer whose slots it reads, its own index unless it shares another's. `latent`: where all heads share one latent per
     token (multi-head latent attention), its elements: keys are that and the rotary key, values the latent. `state`:
     whether it keeps a recurrent or convolution state, in a cache layer of transformers' own. `rope`: prefix of its
-    rotary frequencies where layers of several kinds have their own, else None.
+    rotary frequencies where layers of several kinds have their own, else None. `told`: whether its attention is told of
+    its window by keyword, and not in masks alone.
     """
 
     kind: Kind
@@ -63,6 +64,7 @@ class Layer:
     latent: int = 0
     state: bool = False
     rope: str | None = None
+    told: bool = True
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,10 @@ class Geometry:
 
     @property
     def plain(self) -> bool:
-        """Whether every layer attends to slots of its own, in a window or not, and keeps nothing else."""
+        """Whether every layer attends to slots of its own, in no window that only masks tell, and keeps no state."""
         return all(
             layer.kind in (Kind.FULL, Kind.WINDOW)
+            and layer.told
             and layer.source == i
             and layer.key_dim == layer.value_dim
             and not layer.state
@@ -419,6 +422,7 @@ def _layers(model: PreTrainedModel, config: Any, modules: Modules) -> tuple[Laye
                 latent=latent,
                 state=state,
                 rope=name if told and isinstance(rope, dict) else None,
+                told=not wide or "sliding_window" in interface_names(module),
             )
         )
     return tuple(layers)

@@ -96,11 +96,22 @@ def recorded() -> dict[str, dict[str, Any]]:
     return dict(json.loads(RECORD.read_text())["classes"]) if RECORD.exists() else {}
 
 
+def waiting() -> list[str]:
+    """Classes that nobody has looked at yet, by `Case.key`."""
+    return list(json.loads(RECORD.read_text())["waiting"]) if RECORD.exists() else []
+
+
 def keep(outcomes: dict[str, dict[str, Any]]) -> None:
-    """Write the record."""
+    """Write the record, and which classes it has not."""
     import transformers
 
-    record = {"transformers": transformers.__version__, "classes": dict(sorted(outcomes.items()))}
+    from classes.families import cases
+
+    record = {
+        "transformers": transformers.__version__,
+        "waiting": sorted(case.key for case in cases() if case.key not in outcomes),
+        "classes": dict(sorted(outcomes.items())),
+    }
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -135,6 +146,8 @@ def rendered(record: dict[str, dict[str, Any]]) -> str:
             )
             why.setdefault(reason.replace("|", "\\|"), []).append(outcome)
     rows = "".join(f"| {reason} | {listed(group)} |\n" for reason, group in sorted(why.items()))
+    later = [key.split("/")[0] for key in waiting()]
+    still = ", ".join(f"`{name}`" for name in sorted(set(later), key=str.lower))
     return (
         f"\nOf transformers {transformers.__version__}'s classes {len(able)} run small from a generic configuration, "
         f"counting variants; {len(served)} are served ({len(served) / len(able):.0%}). By `model_type`, causal and "
@@ -142,6 +155,7 @@ def rendered(record: dict[str, dict[str, Any]]) -> str:
         f"| refused, since it | classes |\n|---|---|\n{rows}\n"
         f"Not looked at, since such a configuration does not run by itself: "
         f"{listed([outcome for outcome in outcomes if outcome['status'] == 'HF fails'])}.\n\n"
+        + (f"On no record yet, so not counted above ({len(later)}): {still}.\n\n" if later else "")
     )
 
 
