@@ -116,7 +116,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 16},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "paddleocr_vl": {"text_config": _SECTIONS},
-    "qwen2_5_omni_thinker": {"text_config": _SECTIONS},
+    "qwen2_5_omni_thinker": {"text_config": _SECTIONS, "vision_start_token_id": 7, "vision_end_token_id": 8},
     "qwen2_5_vl": {"text_config": _SECTIONS},
     "qwen2_vl": {"text_config": _SECTIONS},
     "qwen4_exp_text": {
