@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
+import sys
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,17 @@ from transformers.masking_utils import (
     chunked_causal_mask_function,
     or_masks,
     sdpa_mask,
+    sliding_window_bidirectional_overlay,
     sliding_window_causal_mask_function,
+    sliding_window_overlay,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import liquidfusion as lf
 from classes.families import cases
 from classes.probe import load, prompt
+from classes.shrink import build as build_small
+from classes.shrink import small as shrunk
 from liquidfusion.geometry import Geometry, Kind
 from liquidfusion.hf.function import _pattern
 from tiny import build as tiny_build
@@ -132,6 +138,10 @@ def test_image_blocks_and_prefixes_see_all_of_themselves(name: str, strategy: st
         ("attention_mask", torch.ones(1, 1, 9, 9, dtype=torch.bool), "a mask of its own"),
         ("position_bias", torch.zeros(1, 4, 9, 9), "learnt bias"),
         ("indices", torch.zeros(1, 9, 4, dtype=torch.int64), "an index of its own"),
+        ("attn_bias", torch.zeros(1, 4, 9, 9), r"keyword of its own \(attn_bias\)"),
+        ("alibi_slopes", torch.ones(4), r"keyword of its own \(alibi_slopes\)"),
+        ("cu_seq_lens_q", torch.tensor([0, 4, 9]), r"keyword of its own \(cu_seq_lens_q\)"),
+        ("is_causal", False, "later tokens"),
     ],
 )
 def test_what_changes_attention_and_is_not_known_is_refused(keyword: str, value: Tensor, reason: str) -> None:
@@ -143,6 +153,22 @@ def test_what_changes_attention_and_is_not_known_is_refused(keyword: str, value:
     model.model.layers[1].self_attn.register_forward_pre_hook(change, with_kwargs=True)
     with pytest.raises(lf.UnsupportedError, match=reason):
         run(model, lf.KVCache(model, "h2o", 24), torch.ones(1, 9, dtype=torch.int64))
+
+
+def test_a_keyword_that_a_models_code_gives_to_attention_is_refused_at_construction() -> None:
+    """What it does is not known, whatever it is called."""
+    model = tiny_build("llama")
+    own = type(model.model.layers[1].self_attn)
+
+    class Scaled(own):  # type: ignore[valid-type, misc]
+        def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+            interface = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+            states = hidden_states[:, None]
+            return interface(self, states, states, states, None, dropout=0.0, scaling=1.0, zoom=2.0, **kwargs)
+
+    model.model.layers[1].self_attn.__class__ = Scaled
+    with pytest.raises(lf.UnsupportedError, match=r"keyword of its own \(zoom\)"):
+        lf.KVCache(model, "h2o", 24)
 
 
 def test_mask_functions_are_recognised_or_not() -> None:
@@ -158,6 +184,10 @@ def test_mask_functions_are_recognised_or_not() -> None:
         (chunked_causal_mask_function(3, left), ((3, True), False)),
         (or_masks(causal_mask_function, odd), ((0, False), True)),
         (or_masks(sliding_window_causal_mask_function(4), odd), ((4, False), True)),
+        (and_masks(causal_mask_function, sliding_window_overlay(4)), ((4, False), False)),
+        (and_masks(or_masks(causal_mask_function, odd), sliding_window_overlay(4)), ((4, False), True)),
+        (and_masks(sliding_window_bidirectional_overlay(4), causal_mask_function), (None, True)),
+        (and_masks(sliding_window_overlay(4), sliding_window_causal_mask_function(9)), (None, True)),
         (and_masks(odd, causal_mask_function), (None, True)),
         (and_masks(causal_mask_function, odd), (None, True)),
         (or_masks(odd, causal_mask_function), (None, True)),
@@ -172,6 +202,53 @@ def test_mask_functions_are_recognised_or_not() -> None:
         q, k = torch.arange(9)[:, None], torch.arange(9)
         inside = k >= q // size * size if chunked else k > q - (size or 9)
         assert torch.equal(dense, (k <= q) & inside)
+
+
+def test_a_mask_that_hides_what_is_stored_is_refused_in_decode_steps_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask of an unknown kind is looked at in every call; one that hides nothing is served."""
+    model = small("llama")
+    own = sys.modules[type(model).__module__].create_causal_mask
+    ids = prompt((9,))["input_ids"]
+    for hidden, raises in ((-1, False), (4, True)):
+        masked = partial(own, and_mask_function=lambda b, h, q, kv, at=hidden: kv != at)  # noqa: ARG005
+        monkeypatch.setattr(sys.modules[type(model).__module__], "create_causal_mask", masked)
+        kv, theirs = lf.KVCache(model, "h2o", 24), DynamicCache(config=model.config)
+        close(run(model, kv, ids), run(model, theirs, ids))
+        if raises:
+            with pytest.raises(lf.UnsupportedError, match="hides earlier tokens"):
+                run(model, kv, ids[:, :1])
+            continue
+        close(run(model, kv, ids[:, :1]), run(model, theirs, ids[:, :1]))
+        assert kv.copy()._seen.every_call  # and no graph replays its steps
+
+
+def test_a_mask_that_a_layer_changes_in_place_is_refused() -> None:
+    model = small("gemma3")
+    ids = prompt((9,))["input_ids"]
+
+    def change(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
+        kwargs["attention_mask"].logical_not_()
+
+    layers = [module for module in model.modules() if "is_sliding" in vars(module) or "sliding_window" in vars(module)]
+    handle = layers[0].register_forward_pre_hook(change, with_kwargs=True)
+    try:
+        with pytest.raises(lf.UnsupportedError, match="a mask of its own"):
+            run(model, lf.KVCache(model, "h2o", 24), ids, token_type_ids=torch.ones_like(ids))
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize(("name", "told"), [("qwen2#sliding", True), ("qwen2_moe", False)])
+def test_windows_that_only_masks_tell_are_known(name: str, told: bool) -> None:
+    """A step that is replayed has no masks."""
+    case = next(case for case in cases() if case.name == name)
+    kind = getattr(transformers, case.kind)
+    windows = {"use_sliding_window": True, "sliding_window": 10, "layer_types": ["sliding_attention"] * 4}
+    model = build_small(kind, shrunk(case.config, case.overrides | windows))
+    geometry = Geometry.of(model)
+    assert geometry.windows == (10,) * 4
+    assert {layer.told for layer in geometry.layers} == {told}
+    assert geometry.plain == told
 
 
 def test_a_row_without_a_token_does_not_spoil_the_others() -> None:

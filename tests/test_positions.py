@@ -203,6 +203,18 @@ def test_learned_positions_are_refused(name: str) -> None:
         lf.KVCache(tiny(name), "h2o", 24, positions="cache")
 
 
+def test_queries_that_change_with_their_position_in_other_ways_are_refused() -> None:
+    """Ministral 3 makes them longer beyond the positions that it learnt first."""
+    rope = {"rope_theta": 10000.0, **ROPES["yarn"], "llama_4_scaling_beta": 0.5}
+    config = transformers.Ministral3Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=LIMIT, rope_parameters=rope,
+    )  # fmt: skip
+    model = transformers.Ministral3ForCausalLM(config).eval()
+    with pytest.raises(lf.UnsupportedError, match="does not rotate the queries of layer 0"):
+        lf.KVCache(model, "streaming", 24, positions="auto")
+
+
 def test_what_positions_may_be() -> None:
     with pytest.raises(lf.ConfigError, match=r"'relative'.*'absolute', 'cache', 'auto'"):
         lf.KVCache(tiny("llama"), "h2o", 24, positions="relative")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain
@@ -51,7 +51,8 @@ class Layer:
     layer whose slots it reads, its own index unless it shares another's. `latent`: where all heads share one latent per
     token (multi-head latent attention), its elements: keys are that and the rotary key, values the latent. `state`:
     whether it keeps a recurrent or convolution state, in a cache layer of transformers' own. `rope`: prefix of its
-    rotary frequencies where layers of several kinds have their own, else None.
+    rotary frequencies where layers of several kinds have their own, else None. `told`: whether its attention is told of
+    its window by keyword, and not in masks alone.
     """
 
     kind: Kind
@@ -63,6 +64,7 @@ class Layer:
     latent: int = 0
     state: bool = False
     rope: str | None = None
+    told: bool = True
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,10 @@ class Geometry:
 
     @property
     def plain(self) -> bool:
-        """Whether every layer attends to slots of its own, in a window or not, and keeps nothing else."""
+        """Whether every layer attends to slots of its own, in no window that only masks tell, and keeps no state."""
         return all(
             layer.kind in (Kind.FULL, Kind.WINDOW)
+            and layer.told
             and layer.source == i
             and layer.key_dim == layer.value_dim
             and not layer.state
@@ -202,7 +205,8 @@ class Modules:
                 else:
                     anywhere.append(module)
         told = int(getattr(config, "num_hidden_layers", 0) or 0)
-        repeats = any("cache_offset" in interface_names(module) for module in attention.values())
+        # Layers that run several times over a text have keys of each time, in layers of the cache after their own.
+        repeats = any({"cache_offset", "cycle_offset"} & interface_names(module) for module in attention.values())
         types = getattr(config, "layer_types", None)
         return cls(attention, anywhere, len(types) if types else told if repeats or last < 0 else last + 1)
 
@@ -228,15 +232,32 @@ def interface_names(module: nn.Module) -> frozenset[str]:
 
 @functools.cache
 def _class_names(kind: type) -> frozenset[str]:
-    names: set[str] = set()
+    return frozenset(name for code in _attending(kind) for name in _names(code))
+
+
+def keywords(module: nn.Module) -> frozenset[str]:
+    """Keywords that a module's code hands to its attention by name."""
+    kind: Any = type(module)
+    return _class_keywords(kind)
+
+
+@functools.cache
+def _class_keywords(kind: type) -> frozenset[str]:
+    # The names of a call's keywords are one constant of its code.
+    constants = (constant for code in _attending(kind) for constant in code.co_consts)
+    calls = [names for names in constants if isinstance(names, tuple) and {"scaling", "dropout"} & set(names)]
+    return frozenset(str(name) for names in calls for name in names)
+
+
+def _attending(kind: type) -> Iterator[CodeType]:
+    """Code of a class that attends through transformers' interface."""
     for base in kind.__mro__:
         if base in (PreTrainedModel, nn.Module):  # a whole model knows the interface, to choose a function
             break
         for function in vars(base).values():
             code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
             if code is not None and INTERFACE in code.co_names:
-                names.update(_names(code))
-    return frozenset(names)
+                yield code
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -258,13 +279,41 @@ def _is_decoder(module: nn.Module, config: Any) -> bool:
     return isinstance(getattr(module, "config", config), type(config))
 
 
-FOREIGN = {
+_FOREIGN = {
     "position_bias": "adds a learnt bias to its attention by relative position (position_bias)",
     "indices": "attends to tokens that an index of its own picks (indices)",
     "block_indices": "attends to blocks that an index of its own picks (block_indices)",
     "sinks": "gives its attention sinks in a way of its own (sinks)",
 }
 """Keywords of transformers' attention interface that change what attention is, and what each of them does."""
+
+_TELLING = ("bias", "alibi", "sink", "indices", "cu_seq_lens", "block_mask", "score_mod")
+"""Parts of names of keywords that change it; others that a call brings along, attention functions do not read."""
+
+_KNOWN = frozenset(
+    {
+        "query", "key", "value", "attention_mask", "scaling", "dropout", "sliding_window", "softcap", "s_aux",
+        "is_causal", "deterministic", "position_ids", "cache_position", "max_length_q", "max_length_k", "use_cache",
+        "output_attentions",
+    }
+)  # fmt: skip
+"""Keywords that models hand to it by name and that are understood, or change nothing."""
+
+
+def foreign(names: Iterable[str], named: bool = False) -> str:
+    """What the first keyword of attention does that a KVCache does not know, or nothing.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Keywords.
+    named : bool
+        Whether a model's own code names them, and they did not only come along with a call.
+    """
+    unknown = (n for n in sorted(names) if n not in _KNOWN and (named or any(part in n for part in _TELLING)))
+    name = next(unknown, None)
+    return "" if name is None else _FOREIGN.get(name, f"hands its attention a keyword of its own ({name})")
+
 
 # What the code of a model does beyond its configuration and its modules, by the configuration's model_type.
 _WAYS_OF_THEIR_OWN = {
@@ -273,14 +322,12 @@ _WAYS_OF_THEIR_OWN = {
     "dory": "runs some of its layers several times over a text, each time with other keys",
     "recurrent_gemma": "keeps its recurrent state inside its own layers, where no cache reaches it",
     "minimax": "takes no cache but one of a class of its own",
+    "kosmos_2_text_model": "makes its attention masks in code of its own",
     "mllama_text_model": "has cross-attention layers that attend to an image",
 }
 
 # Models whose recurrent layers begin anew in every call of more than one token, by their configuration's model_type.
 _FORGETFUL = frozenset({"jamba", "zamba"})
-
-# Models whose generate calls that of a model inside them, by their configuration's model_type: its name.
-_GENERATING = {"kosmos-2": "text_model"}
 
 _KINDS = {
     "full_attention": (Kind.FULL, False),
@@ -320,17 +367,11 @@ def _check(model: PreTrainedModel, config: Any, modules: Modules) -> None:
     types = set(getattr(config, "layer_types", None) or ())
     if other := sorted(types - set(_KINDS)):
         raise refuse(f"has layers of type {other}, which attend in ways that a KVCache does not know")
-    inner = _GENERATING.get(getattr(model.config, "model_type", ""))
-    if inner is not None:
-        raise UnsupportedError(
-            f"{name}'s generate calls that of the model inside it: build the KVCache for model.{inner} and hand it to "
-            "generate as before"
-        )
     if own in _WAYS_OF_THEIR_OWN:
         raise refuse(_WAYS_OF_THEIR_OWN[own])
     for module in modules:
-        if foreign := sorted(set(FOREIGN) & interface_names(module)):
-            raise refuse(FOREIGN[foreign[0]])
+        if unknown := foreign(keywords(module), named=True) or foreign(set(_FOREIGN) & interface_names(module)):
+            raise refuse(unknown)
         # A decoder's module may say so and still be given causal masks; around images, masks tell in each call.
         causal = getattr(module, "is_causal", True) or getattr(module, "is_decoder", False)
         if config is model.config and not (causal and getattr(config, "is_causal", True)):
@@ -381,6 +422,7 @@ def _layers(model: PreTrainedModel, config: Any, modules: Modules) -> tuple[Laye
                 latent=latent,
                 state=state,
                 rope=name if told and isinstance(rope, dict) else None,
+                told=not wide or "sliding_window" in interface_names(module),
             )
         )
     return tuple(layers)

@@ -15,13 +15,24 @@ MULTIMODAL = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODA
 
 @dataclass(frozen=True)
 class Case:
-    """One class with one configuration: `name` as in the table, `kind` the class, `config` its configuration's."""
+    """One class with one configuration: `name` as in the table, `kind` the class."""
 
     name: str
     kind: str
-    config: Any
     overrides: dict[str, Any]
     multimodal: bool
+
+    @property
+    def key(self) -> str:
+        """Its name in the record."""
+        return f"{self.name}/{self.kind}"
+
+    @property
+    def config(self) -> Any:
+        """Class of its configuration; its modules are imported now and not before."""
+        return (
+            getattr(getattr(transformers, self.kind), "config_class", None) or CONFIG_MAPPING[self.name.split("#")[0]]
+        )
 
 
 def cases() -> Iterator[Case]:
@@ -35,10 +46,9 @@ def cases() -> Iterator[Case]:
         if (name, kind) in seen:
             continue
         seen.add((name, kind))
-        config = getattr(getattr(transformers, kind), "config_class", None) or CONFIG_MAPPING[name]
-        yield Case(name, kind, config, OVERRIDES.get(name, {}), multimodal)
+        yield Case(name, kind, OVERRIDES.get(name, {}), multimodal)
         for variant, overrides in VARIANTS.get(name, {}).items():
-            yield Case(f"{name}#{variant}", kind, config, OVERRIDES.get(name, {}) | overrides, multimodal)
+            yield Case(f"{name}#{variant}", kind, OVERRIDES.get(name, {}) | overrides, multimodal)
 
 
 _SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
@@ -106,7 +116,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 16},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "paddleocr_vl": {"text_config": _SECTIONS},
-    "qwen2_5_omni_thinker": {"text_config": _SECTIONS},
+    "qwen2_5_omni_thinker": {"text_config": _SECTIONS, "vision_start_token_id": 7, "vision_end_token_id": 8},
     "qwen2_5_vl": {"text_config": _SECTIONS},
     "qwen2_vl": {"text_config": _SECTIONS},
     "qwen4_exp_text": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -150,6 +151,9 @@ def checks(model: PreTrainedModel, references: dict[str, Any]) -> Iterator[tuple
     for strategy in STRATEGIES[::2]:
         yield f"bounded, {strategy}", lambda s=strategy: bounded(model, s)
     yield "fork", lambda: fork(model)
+    yield "relative positions", lambda: relative(model, references["one row"])
+    if one is not None:
+        yield "empty row", lambda: empty(model)
 
 
 def compare(
@@ -210,13 +214,34 @@ def harmless(model: PreTrainedModel, lengths: tuple[int, ...]) -> bool:
 
 
 def fork(model: PreTrainedModel) -> None:
-    """A copy goes on as the cache itself does."""
+    """A copy, and what a session brings back, go on as the cache itself does."""
     kv = lf.KVCache(model, "liquid_fusion", BUDGET)
-    inputs = prompt((20,))
-    with torch.no_grad():
-        model(**inputs, **{keyword(model): kv})
-        twin = copy.deepcopy(kv)
-        more = prompt((3,), seed=1)["input_ids"]
-        for column in more.T:
-            first, second = (model(input_ids=column[:, None], **{keyword(model): c}).logits for c in (kv, twin))
-            close(first, second, 0.0)
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        model(**prompt((20,)), **{keyword(model): kv})
+        kv.save(f"{folder}/session")
+        others = [copy.deepcopy(kv), lf.KVCache.load(f"{folder}/session", model)]
+        for column in prompt((3,), seed=1)["input_ids"].T:
+            first, *rest = (model(input_ids=column[:, None], **{keyword(model): c}).logits for c in (kv, *others))
+            for other in rest:
+                close(first, other, 0.0)
+
+
+def relative(model: PreTrainedModel, reference: tuple[Tensor, Tensor]) -> None:
+    """Ranks in the cache are positions while nothing is evicted, or they are refused before any work."""
+    try:
+        kv = lf.KVCache(model, "streaming", 64, positions="cache")
+    except lf.UnsupportedError:
+        return
+    close(answers(model, PROMPT[1:], NEW, **{keyword(model): kv})[1], reference[1])
+
+
+def empty(model: PreTrainedModel) -> None:
+    """A row without any token leaves the others as they are alone."""
+    lengths = (PROMPT[1], 0)
+    if not harmless(model, lengths):
+        return
+    together, alone = (
+        answers(model, some, NEW, **{keyword(model): lf.KVCache(model, "h2o", 64)})[1]
+        for some in (lengths, lengths[:1])
+    )
+    close(together[:, :1], alone, 10 * TOLERANCE)

@@ -17,7 +17,7 @@ LARGEST = 120_000_000
 # Sizes by the name of the entry, the first pattern that fits; None keeps the default.
 _SIZES: tuple[tuple[str, Any], ...] = (
     (r"(text_|audio_|speech_)?vocab_size(_per_layer_input)?|codebook_size|speech_vocab_size", VOCABULARY),
-    (r"ngram_vocab_size|n_vocab|vocab_size_per_layer_input", VOCABULARY),
+    (r"ngram_vocab_size|n_vocab|vocab_size_per_layer_input|unpadded_vocab_size", VOCABULARY),
     (r"hidden_size_per_layer_input|per_layer_.*dim", 8),
     (r"(decoder_)?(word_embed_proj_dim|hidden_size|hidden_dim|d_model|n_embd|n_embed|embed_dim|dim|width)", 64),
     (r"(output_dim|out_dim|out_hidden_size|projection_dim|lm_hidden_size|text_hidden_size|proj_dim)", 64),

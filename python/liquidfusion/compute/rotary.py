@@ -10,18 +10,23 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from liquidfusion.exceptions import UnsupportedError
-from liquidfusion.geometry import Geometry, Kind
+from liquidfusion.geometry import Geometry, Kind, attention_configs
 
 _followed: WeakSet[PreTrainedModel] = WeakSet()
 
+ALONE = "liquidfusion_alone"
+"""The attention function of `_watched`."""
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary frequencies that do not depend on how long the text is."""
 
@@ -57,9 +62,10 @@ class Rotary:
             raise UnsupportedError(f"{name} has rotary positions of type {other[0]!r}; {list(ROPE_TYPES)} are accepted")
         first = next(iter(geometry.attention_layers))
         names = ["inv_freq" if kind is None else f"{kind}_inv_freq" for kind in kinds]
-        self._frequencies = {
-            i: getattr(module, names[i]).float() for i, layer in enumerate(geometry.layers) if layer.kind != Kind.NONE
-        }
+        attending = [i for i, layer in enumerate(geometry.layers) if layer.kind != Kind.NONE]
+        if not all(isinstance(getattr(module, names[i], None), Tensor) for i in attending):
+            raise UnsupportedError(f"{name} rotates by code of its own, so positions relative to the cache cannot be")
+        self._frequencies = {i: getattr(module, names[i]).float() for i in attending}
         self._check(model, module, first, kinds[first])
         if model not in _followed:
             self._check_layers(model, geometry)
@@ -92,29 +98,32 @@ class Rotary:
         return rotated if 2 * half == states.shape[-1] else torch.cat((rotated, states[..., 2 * half :]), -1)
 
     def _check_layers(self, model: PreTrainedModel, geometry: Geometry) -> None:
-        """Compare the keys that each layer makes at some positions with those it makes at 0, rotated there.
+        """Compare what each layer makes at some positions with what it makes at 0, rotated there.
 
-        Not every layer need rotate, nor all of a key. A token alone attends to itself: nothing else depends on where.
+        Not every layer need rotate, nor all of a key, and queries may change with their position in other ways too. A
+        token alone attends to itself: nothing else depends on where.
         """
         name = type(model).__name__
-        positions = torch.tensor([[0], [1], [7]], device=model.device)
+        positions = torch.tensor([[0], [1], [7], [max(7, geometry.positions - 1)]], device=model.device)
         theirs = DynamicCache(config=model.config)
         parameters = inspect.signature(model.forward).parameters
         keyword = "cache" if "cache" in parameters else "past_key_values"
         if "position_ids" not in parameters:
             raise UnsupportedError(f"{name} takes no position_ids, so positions relative to the cache cannot be")
-        with torch.no_grad():
+        with torch.no_grad(), _watched(model) as queries:
             model(input_ids=torch.full_like(positions, 2), position_ids=positions, **{keyword: theirs})
-        for layer in geometry.attention_layers:
-            states = getattr(theirs.layers[layer], "keys", None)
-            if states is None:
-                continue
-            expected = self(states[:1].expand(3, -1, -1, -1), positions[:, :, None].to(states.device), layer)
-            if not torch.allclose(expected.float(), states.float(), atol=2e-2 * float(states.float().abs().max())):
-                raise UnsupportedError(
-                    f"{name} does not rotate the keys of layer {layer} as its frequencies say, so positions relative "
-                    "to the cache cannot be"
-                )
+        made = {"keys": {i: getattr(theirs.layers[i], "keys", None) for i in geometry.attention_layers}}
+        for what, by_layer in (made | {"queries": queries}).items():
+            for layer, states in by_layer.items():
+                if states is None:
+                    continue
+                at = positions[:, :, None].to(states.device)
+                expected = self(states[:1].expand(len(positions), -1, -1, -1), at, layer).float()
+                if not torch.allclose(expected, states.float(), atol=2e-2 * float(states.float().abs().max())):
+                    raise UnsupportedError(
+                        f"{name} does not rotate the {what} of layer {layer} as its frequencies say, so positions "
+                        "relative to the cache cannot be"
+                    )
 
     def _check(self, model: PreTrainedModel, module: torch.nn.Module, first: int, kind: str | None) -> None:
         """Compare one rotation with what the model's own code makes of it."""
@@ -134,6 +143,27 @@ class Rotary:
             raise UnsupportedError(f"{name} rotates in a way that cannot be followed: {error}") from error
         if not torch.allclose(scale * self(probe, positions[:, None], first), theirs, atol=1e-4):
             raise UnsupportedError(f"{name} orders the rotated halves otherwise than Llama does, which is accepted")
+
+
+@contextmanager
+def _watched(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
+    """Let every token attend to itself alone; the queries of each layer, `[rows, heads, columns, head_dim]`."""
+    queries: dict[int, Tensor] = {}
+
+    def attend(module: Any, query: Tensor, _: Tensor, value: Tensor, *__: Any, **___: Any) -> tuple[Tensor, None]:
+        queries[module.layer_idx] = query
+        return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None
+
+    ALL_ATTENTION_FUNCTIONS.register(ALONE, attend)
+    configs = attention_configs(model)
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = ALONE
+        yield queries
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
 
 
 def ranks(positions: Tensor) -> Tensor:

@@ -407,11 +407,12 @@ class KVCache(Cache, Serves):
         with attending(backend), torch.compiler.set_stance("force_eager"):
             output = forward(**inputs)
         backend.close()
+        self._seen.every_call |= backend.every_call
         return output
 
     def _graph_for(self, step: Step) -> Graph | None:
         """What replays this call on the GPU: one real token per row, layers alike and on one device."""
-        alike = self._geometry.plain and len(self._groups.all) == 1 and self._rotary is None
+        alike = self._geometry.plain and len(self._groups.all) == 1 and not (self._rotary or self._seen.every_call)
         if not self._seen.columns or not step.decodes or not alike or not self._groups.all[0].spec.bounded:
             return None
         group = self._groups.all[0]
@@ -464,8 +465,7 @@ class KVCache(Cache, Serves):
             **({} if self._bits is None else made),
             "spec": self._told(),
             "model": asdict(session.Fingerprint.of(self._geometry)),
-            "columns": self._seen.columns,
-            **({"offsets": list(self._seen.offsets)} if any(self._seen.offsets) else {}),
+            **self._seen.described(),
             "seen": list(self._groups.all[0].ledger.core.seen),
             "slots": [group.ledger.slots for group in self._groups.all],
             "evictions": self.evictions,
@@ -493,7 +493,6 @@ class KVCache(Cache, Serves):
         rows = len(state.description["seen"])
         cache._states.restore(state.tensors, list(devices), rows)
         session.scatter(state, cache._groups, devices)
-        cache._seen.columns, cache._seen.batch = state.description["columns"], rows
-        cache._seen.offsets = tuple(state.description.get("offsets", ()))
+        cache._seen.restore(state.description, rows)
         cache._evicted_before = state.description["evictions"]
         return cache

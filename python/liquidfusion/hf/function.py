@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from liquidfusion.compute.softmax import How
 from liquidfusion.exceptions import UnsupportedError
-from liquidfusion.geometry import FOREIGN, is_latent
+from liquidfusion.geometry import foreign, is_latent
 from liquidfusion.run.backend import Backend, running
 
 IMPLEMENTATION = "liquidfusion"
@@ -62,15 +62,16 @@ def attention_function(
     CacheError
         No call of a `KVCache` is running.
     UnsupportedError
-        Dropout while training, or a mask or keyword that changes attention in a way that is not known.
+        Dropout while training, attention to later tokens, or a mask or keyword that is not known.
     """
     backend = running()
     if dropout:
         raise UnsupportedError(f"attention dropout is {dropout}; a KVCache needs evaluation mode: call model.eval()")
-    for name, what in FOREIGN.items():
-        if others.get(name) is not None:
-            raise UnsupportedError(f"{type(module).__name__} {what}, which a KVCache does not know")
+    if unknown := foreign(name for name, value in others.items() if value is not None):
+        raise UnsupportedError(f"{type(module).__name__} {unknown}, which a KVCache does not know")
     own = None if attention_mask is None else _own(module, backend, attention_mask)
+    if own is None and query.shape[2] > 1 and not _causal(module, backend, others.get("is_causal")):
+        raise UnsupportedError(f"{type(module).__name__} attends to later tokens too, and a KVCache attends causally")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     # Inside torch.autocast rotary positions leave float32; transformers' own attention casts it, too.
     query, key = query.to(value.dtype), key.to(value.dtype)
@@ -85,6 +86,14 @@ def attention_function(
     if query.requires_grad or key.requires_grad or value.requires_grad:
         output = _Sealed.apply(output, query, key, value)
     return output, None
+
+
+def _causal(module: nn.Module, backend: Backend, told: bool | None) -> bool:
+    """Whether attention without a mask is causal: what the keyword says, or a mask that positions tell, or the module.
+
+    Transformers' own attention functions read keyword and module likewise.
+    """
+    return bool(backend.windows or getattr(module, "is_causal", True)) if told is None else told
 
 
 def _attend(_: nn.Module, backend: Backend, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
@@ -144,29 +153,33 @@ def mask_function(
     pattern, rest = _pattern(mask_function)
     if pattern is not None:
         backend.windows.add(pattern)
-    if not rest or q_length == 1:  # a token alone has no others in its call
-        return None
+        if not rest or q_length == 1:  # a token alone has no others in its call
+            return None
     others |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     dense: Any = sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask=attention_mask, **others
     )
+    own: Tensor = dense[..., -q_length:]
     if pattern is None:
-        earlier = dense[:, 0, :, :-q_length]
+        backend.every_call = True
+        earlier = dense[:, 0, :, : kv_length - q_length]
         if attention_mask is not None:
             real = attention_mask.bool()
             earlier = earlier | ~real[:, None, : earlier.shape[-1]] | ~real[:, -q_length:, None]
         if not bool(earlier.all()):
             raise UnsupportedError("the model's mask hides earlier tokens in a way that a KVCache does not know")
-    own: Tensor = dense[..., -q_length:]
-    backend.masks.append(own)
+        if q_length == 1:
+            return None
+    backend.masks.append((own, own._version))
     return own
 
 
 def _own(module: nn.Module, backend: Backend, mask: Tensor) -> Tensor:
     """The call's own columns `[batch, queries, columns]` of a mask that came from `mask_function`."""
     # Some models cut rows off it where they need the last columns only.
-    memory = {one.untyped_storage().data_ptr() for one in backend.masks}
-    if mask.untyped_storage().data_ptr() in memory and mask.shape[1] == 1:
+    made = {one.untyped_storage().data_ptr(): (one, version) for one, version in backend.masks}
+    one, version = made.get(mask.untyped_storage().data_ptr(), (None, 0))
+    if one is not None and one._version == version and mask.shape[1] == 1:
         return mask[:, 0]
     raise UnsupportedError(
         f"{type(module).__name__} hands its attention a mask of its own {list(mask.shape)}, which a KVCache does not "
@@ -184,17 +197,30 @@ def _pattern(function: Callable[..., Any]) -> tuple[tuple[int, bool] | None, boo
     parts = _cell(function, "mask_functions")
     if not isinstance(parts, tuple) or len(parts) != 2:
         return None, True
-    name, first = getattr(function, "__qualname__", ""), parts[0]
+    name = getattr(function, "__qualname__", "")
     if name.startswith("or_masks"):  # more is visible than the first part tells
-        pattern, rest = _pattern(first)
-        return (None if rest else pattern), True
-    if not name.startswith("and_masks") or parts[1] is not causal_mask_function:
+        return _pattern(parts[0])[0], True
+    if not name.startswith("and_masks"):
         return None, True
-    for cell, chunked in (("sliding_window", False), ("chunk_size", True)):
-        size = _cell(first, cell)
-        if isinstance(size, int) and getattr(first, "__module__", "") == causal_mask_function.__module__:
-            return (size, chunked), False
+    sizes = [_size(part) for part in parts]
+    for size, other in zip(sizes, reversed(parts), strict=True):
+        pattern, rest = _pattern(other)
+        if size is not None and pattern == (0, False):
+            return size, rest
     return None, True
+
+
+def _size(function: Callable[..., Any]) -> tuple[int, bool] | None:
+    """The window or chunk that one of transformers' overlays cuts out, in tokens and whether it is a chunk."""
+    name, module = getattr(function, "__qualname__", ""), getattr(function, "__module__", "")
+    for maker, cell, chunked in (
+        ("sliding_window_overlay.", "sliding_window", False),
+        ("chunked_overlay.", "chunk_size", True),
+    ):
+        if module == causal_mask_function.__module__ and name.startswith(maker):
+            size = _cell(function, cell)
+            return (size, chunked) if isinstance(size, int) else None
+    return None
 
 
 def _cell(function: Callable[..., Any], name: str) -> Any:

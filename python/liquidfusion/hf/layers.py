@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -27,13 +27,15 @@ class Seen:
     """What a cache has seen, shared by its layers.
 
     `columns`: of the model's inputs, padding included. `batch`: rows. `offsets`: position of each row's first token.
-    `right`: whether a row's last prompt was padded on the right.
+    `right`: whether a row's last prompt was padded on the right. `every_call`: whether the model's masks must be looked
+    at in every call.
     """
 
     columns: int = 0
     batch: int = 0
     offsets: tuple[int, ...] = ()
     right: tuple[bool, ...] = ()
+    every_call: bool = False
 
     def add(self, step: Step) -> None:
         """Count a call that has run."""
@@ -50,6 +52,16 @@ class Seen:
     def reset(self) -> None:
         """Forget everything."""
         self.columns, self.offsets, self.right = 0, (), ()
+
+    def described(self) -> dict[str, Any]:
+        """What a session tells of it, in JSON's types."""
+        offsets = {"offsets": list(self.offsets)} if any(self.offsets) else {}
+        return {"columns": self.columns, **offsets, **({"every_call": True} if self.every_call else {})}
+
+    def restore(self, description: Mapping[str, Any], batch: int) -> None:
+        """Take over what a session tells."""
+        self.columns, self.batch, self.offsets = description["columns"], batch, tuple(description.get("offsets", ()))
+        self.every_call = bool(description.get("every_call"))
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]

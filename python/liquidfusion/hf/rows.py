@@ -233,6 +233,7 @@ class RowCache(KVCache):
         )
         logits = self._forward(backend, ids, upload(positions, torch.int64, self.device))
         backend.close()
+        self._seen.every_call |= backend.every_call
         return logits
 
     def _forward(self, backend: Backend, ids: Tensor, positions: Tensor) -> Tensor:
@@ -260,6 +261,8 @@ class RowCache(KVCache):
         """What runs decode steps on a GPU: layers alike and on one device."""
         group = self._groups.all[0]
         if len(self._groups.all) > 1 or self._rotary is not None or not group.spec.bounded or not self._geometry.plain:
+            return None
+        if self._seen.every_call:
             return None
         if not all(slots is not None and slots.replayable for slots in group.slots):
             return None

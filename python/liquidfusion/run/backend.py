@@ -19,8 +19,9 @@ class Backend(ABC):
 
     `attended`: layers that have attended in the running call. `reads`: layers that have no keys of their own and read
     another's. `windows`: those that the model's masks have asked for in the call, each in tokens and whether it is a
-    chunk. `masks`: those handed to the model, which come back with the attention of its layers. `handed`: what the
-    layer that attends next has handed to its cache.
+    chunk. `masks`: those handed to the model, which come back with the attention of its layers, and the version of
+    their contents. `every_call`: whether masks must be looked at in every call, since what they do is not known.
+    `handed`: what the layer that attends next has handed to its cache.
     """
 
     attended: int = 0
@@ -28,7 +29,8 @@ class Backend(ABC):
 
     def __init__(self) -> None:
         self.windows: set[tuple[int, bool]] = set()
-        self.masks: list[Tensor] = []
+        self.masks: list[tuple[Tensor, int]] = []
+        self.every_call = False
         self.handed: tuple[Tensor, Tensor] | None = None
 
     @abstractmethod
