@@ -100,7 +100,8 @@ class RowCache(KVCache):
         for run in _neighbours(chunks):
             rows = range(run[0][0], run[0][0] + len(run))
             ids = upload([own for _, own in run], torch.int64, self.device)
-            logits |= zip(rows, self._call(rows, (ids.shape[1],) * len(run), ids).split(1), strict=True)
+            found = self._call(rows, (ids.shape[1],) * len(run), ids)
+            logits |= zip(rows, torch.split(found, 1), strict=True)
         return torch.cat([logits[row] for row, _ in chunks])
 
     def decode(self, rows: tuple[int, ...], last: Tensor) -> tuple[Tensor, tuple[int, ...]]:

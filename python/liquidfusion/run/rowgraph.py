@@ -82,7 +82,7 @@ class RowGraph:
             self._launch(size)
             logits: list[Tensor] = []
             if graph := self._record(lambda size=size, logits=logits: logits.append(self._launch(size))):  # type: ignore[misc]
-                self._captured[size] = graph, *logits
+                self._captured[size] = graph, logits[0]
         self._scores.warm(self._record)
 
     def step(self, rows: tuple[int, ...], last: Tensor) -> Tensor:

@@ -192,7 +192,7 @@ def _penalise(
 
 
 def _block(size: int) -> int:
-    return min(2048, max(16, triton.next_power_of_2(size)))
+    return min(2048, max(16, int(triton.next_power_of_2(size))))
 
 
 def draw(logits: Tensor, settings: Tensor, noise: Tensor, lanes: Tensor) -> Tensor:
