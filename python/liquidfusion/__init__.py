@@ -1,10 +1,9 @@
 """LiquidFusion: a KV cache with a hard memory bound for Hugging Face language models."""
 
 from importlib import import_module as _import_module
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
-from liquidfusion._core import strategies
+from liquidfusion._core import __version__, strategies
 from liquidfusion.exceptions import (
     CacheError,
     ConfigError,
@@ -15,8 +14,6 @@ from liquidfusion.exceptions import (
     UnsupportedError,
 )
 from liquidfusion.options import Strategy
-
-__version__ = _version("liquidfusion")
 
 __all__ = [
     "CacheError",

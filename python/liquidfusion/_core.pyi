@@ -15,6 +15,8 @@ __all__ = [
     "code_squares",
     "encode",
     "parameters",
+    "softmax",
+    "step",
     "strategies",
 ]
 
@@ -59,6 +61,33 @@ def accumulate(
     peak_decay: SupportsFloat,
     *,
     weights: _Tensor | None = None,
+    threads: SupportsIndex | None = None,
+) -> None: ...
+def softmax(
+    products: _Tensor,
+    queries: _Tensor,
+    columns: _Tensor,
+    scale: SupportsFloat,
+    window: SupportsIndex,
+    chunked: bool,
+    *,
+    threads: SupportsIndex | None = None,
+) -> None: ...
+def step(
+    query: _Tensor,
+    key: _Tensor,
+    value: _Tensor,
+    slot: _Tensor,
+    position: Iterable[SupportsIndex],
+    keys: _Tensor,
+    values: _Tensor,
+    positions: _Tensor,
+    scale: SupportsFloat,
+    window: SupportsIndex,
+    chunked: bool,
+    out: _Tensor,
+    scores: tuple[_Tensor, _Tensor, SupportsFloat, SupportsFloat, SupportsIndex, bool] | None = None,
+    *,
     threads: SupportsIndex | None = None,
 ) -> None: ...
 def encode(

@@ -6,7 +6,7 @@ A look is the probability that a query gives a token, averaged over the query he
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,7 +43,9 @@ class Block:
     empty slot or padding. `ages`: int32 `[batch, queries]`, real tokens that follow the query in its call, -1 for
     padding. `elapsed`: real tokens per row by which what is there fades first. `first_new`: position per row from which
     on keys are the call's own. `longest`: most real tokens that a row has in the call. `weights`: float32
-    `[batch, kv_heads, columns]` or None, a factor on looks.
+    `[batch, kv_heads, columns]` or None, a factor on looks. `stored`: columns of stored tokens, which come first.
+    `rank`: the first query's number among the call's columns; None with padding, where a column says little about the
+    distance from it.
     """
 
     query_positions: Tensor
@@ -53,6 +55,23 @@ class Block:
     first_new: Sequence[int]
     longest: int
     weights: Tensor | None
+    stored: int
+    rank: int | None
+
+    def part(self, columns: slice) -> Block:
+        """Some of its columns."""
+        weights = None if self.weights is None else self.weights[..., columns].contiguous()
+        return replace(self, key_positions=self.key_positions[..., columns], weights=weights)
+
+    def distance(self, columns: slice) -> Tensor:
+        """Tokens from a key to a query, `[batch, kv_heads or 1, queries, columns]`."""
+        return self.query_positions[:, None, :, None] - self.key_positions[:, :, None, columns]
+
+    def nearer(self, tokens: int) -> int:
+        """The first column of which a query may be fewer than so many tokens away."""
+        if self.rank is None or self.rank + 1 < tokens:
+            return 0
+        return self.stored + self.rank + 1 - tokens
 
 
 def observe(
@@ -73,20 +92,27 @@ def observe(
     threads : int or None
         Cap on the core's threads.
     """
-
-    def distance() -> Tensor:
-        return block.query_positions[:, None, :, None] - block.key_positions[:, :, None, :]
-
     if rule.look_gap:
-        probabilities.masked_fill_((distance() < rule.look_gap)[:, :, None], 0.0)
+        near = slice(block.nearer(rule.look_gap), probabilities.shape[-1])
+        probabilities[..., near].masked_fill_((block.distance(near) < rule.look_gap)[:, :, None], 0.0)
     reach = rule.peak_reach
     if reach is None or block.longest <= reach:
         accumulate(probabilities, block, rule, mass, peak, threads)
         return
-    own = block.key_positions >= torch.tensor(block.first_new, device=block.key_positions.device)[:, None, None]
     accumulate(probabilities, block, rule, mass, peak.clone(), threads)
-    probabilities.masked_fill_(((distance() > reach) & own[:, :, None])[:, :, None], 0.0)
-    accumulate(probabilities, block, rule, mass.clone(), peak, threads)
+    # The call's own columns beyond the reach of all these queries are left out, the stored ones are within it.
+    first, end = block.nearer(reach + 1), probabilities.shape[-1]
+    parts = [slice(0, end)] if first <= block.stored else [slice(0, block.stored), slice(first, end)]
+    for part in (part for part in parts if part.stop > part.start):
+        looked, kept = probabilities[..., part].contiguous(), peak[..., part].contiguous()
+        own = block.key_positions[..., part] >= _first_new(block)
+        looked.masked_fill_(((block.distance(part) > reach) & own[:, :, None])[:, :, None], 0.0)
+        accumulate(looked, block.part(part), rule, mass[..., part].clone(), kept, threads)
+        peak[..., part] = kept
+
+
+def _first_new(block: Block) -> Tensor:
+    return torch.tensor(block.first_new, device=block.key_positions.device)[:, None, None]
 
 
 def accumulate(

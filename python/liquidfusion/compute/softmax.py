@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
+
+from liquidfusion import _core
 
 BLOCK_BYTES = 64 * 2**20
 """Probabilities held at once, in bytes; a block has at least one query."""
@@ -31,6 +34,13 @@ class How:
     sinks: Tensor | None = None
     chunked: bool = False
     own: Tensor | None = None
+
+
+class Positions(NamedTuple):
+    """Who sees whom, told by where they stand, as `visible` takes it: int32, contiguous."""
+
+    queries: Tensor
+    keys: Tensor
 
 
 def visible(query_positions: Tensor, key_positions: Tensor, window: int, chunked: bool = False) -> Tensor:
@@ -63,9 +73,10 @@ def attend(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    mask: Tensor | None,
+    mask: Tensor | Positions | None,
     how: How,
     observe: Callable[[Tensor], None] | None,
+    threads: int | None = None,
 ) -> Tensor:
     """Softmax attention with grouped heads.
 
@@ -75,13 +86,16 @@ def attend(
         `[batch, heads, queries, head_dim]`.
     keys, values : Tensor
         `[batch, kv_heads, columns, head_dim]`; values may have another head_dim.
-    mask : Tensor or None
-        bool, broadcastable to `[batch, kv_heads, group, queries, columns]`; None when every column is visible.
+    mask : Tensor, Positions or None
+        bool, broadcastable to `[batch, kv_heads, group, queries, columns]`, or what tells it; None when every column is
+        visible.
     how : How
-        Scale, softcap and learned sinks; the window is in the mask.
+        Scale, softcap and learned sinks, and with `Positions` the window; else that is in the mask.
     observe : callable or None
         Receives the float32 probabilities `[batch, kv_heads, group, queries, columns]`, contiguous, and may change
         them. None: nothing needs them, so torch's fused attention does the work.
+    threads : int or None
+        Cap on the core's threads.
 
     Returns
     -------
@@ -91,6 +105,7 @@ def attend(
     batch, heads, queries, _ = query.shape
     kv_heads = keys.shape[1]
     if observe is None and not how.softcap and how.sinks is None:
+        mask = _dense(mask, how)
         if mask is None:
             return F.scaled_dot_product_attention(query, keys, values, scale=how.scale, enable_gqa=True)
         shared = mask.shape[1] == 1
@@ -99,14 +114,16 @@ def attend(
         return output.masked_fill(~each.any(-1, keepdim=True), 0.0)
     # One product for the whole group: its query heads are more rows against the same keys.
     grouped = query.reshape(batch, kv_heads, heads // kv_heads * queries, -1)
-    weights = probabilities((grouped @ keys.transpose(2, 3)).float(), queries, mask, how)
+    weights = probabilities((grouped @ keys.transpose(2, 3)).float(), queries, mask, how, threads)
     output = (weights.to(values.dtype).flatten(2, 3) @ values).view(batch, heads, queries, -1)
     if observe is not None:
         observe(weights.detach())
     return output
 
 
-def probabilities(products: Tensor, queries: int, mask: Tensor | None, how: How) -> Tensor:
+def probabilities(
+    products: Tensor, queries: int, mask: Tensor | Positions | None, how: How, threads: int | None = None
+) -> Tensor:
     """Softmax of products of queries and keys.
 
     Parameters
@@ -115,10 +132,12 @@ def probabilities(products: Tensor, queries: int, mask: Tensor | None, how: How)
         float32 `[batch, kv_heads, group * queries, columns]`; changed.
     queries : int
         Queries of each head.
-    mask : Tensor or None
-        bool, broadcastable to the result; None when every column is visible.
+    mask : Tensor, Positions or None
+        bool, broadcastable to the result, or what tells it; None when every column is visible.
     how : How
-        Scale, softcap and learned sinks.
+        Scale, softcap and learned sinks, and with `Positions` the window.
+    threads : int or None
+        Cap on the core's threads.
 
     Returns
     -------
@@ -126,7 +145,13 @@ def probabilities(products: Tensor, queries: int, mask: Tensor | None, how: How)
         float32 `[batch, kv_heads, group, queries, columns]`, contiguous; a query that sees nothing gives 0.
     """
     batch, kv_heads, rows, columns = products.shape
-    logits = products.mul_(how.scale).view(batch, kv_heads, rows // queries, queries, columns)
+    logits = products.view(batch, kv_heads, rows // queries, queries, columns)
+    if isinstance(mask, Positions) and products.device.type == "cpu" and not how.softcap and how.sinks is None:
+        # One pass over each row, in place, where torch takes five over all.
+        _core.softmax(logits, *mask, how.scale, how.window, how.chunked, threads=threads)
+        return logits
+    mask = _dense(mask, how)
+    logits.mul_(how.scale)
     if how.softcap:
         logits = (logits / how.softcap).tanh_() * how.softcap
     if mask is not None:
@@ -136,6 +161,10 @@ def probabilities(products: Tensor, queries: int, mask: Tensor | None, how: How)
         return torch.cat((logits, sinks), -1).softmax(-1)[..., :-1].contiguous()
     weights = logits.softmax(-1)
     return weights if mask is None else weights.masked_fill_(~mask.any(-1, keepdim=True), 0.0)
+
+
+def _dense(mask: Tensor | Positions | None, how: How) -> Tensor | None:
+    return visible(*mask, how.window, how.chunked) if isinstance(mask, Positions) else mask
 
 
 def blocks(rows: int, queries: int, columns: int, device: torch.device) -> Iterator[slice]:

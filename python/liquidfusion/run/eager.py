@@ -8,10 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from liquidfusion import _core
 from liquidfusion.compute import kernels, looks, softmax
 from liquidfusion.compute.looks import Block, Rule
 from liquidfusion.compute.rotary import Rotary, query_ranks, ranks
-from liquidfusion.compute.softmax import How
+from liquidfusion.compute.softmax import How, Positions
 from liquidfusion.exceptions import CacheError, UnsupportedError
 from liquidfusion.geometry import Geometry, Kind
 from liquidfusion.run.backend import Backend
@@ -19,7 +20,9 @@ from liquidfusion.run.sampling import upload
 from liquidfusion.run.step import On, Step
 from liquidfusion.state.group import Chunk, Group, Groups
 from liquidfusion.state.ledger import Scores
-from liquidfusion.state.slots import Slots
+from liquidfusion.state.slots import Plain, Slots
+
+_CORE_DTYPES = (torch.float32, torch.bfloat16)  # in which the core attends
 
 
 @dataclass
@@ -96,6 +99,8 @@ class Eager(Backend):
         slots, scores = group.layer(index, key, value)
         slots.check(number, key)
         self.attended += 1
+        if self._core_steps(slots, query, how):
+            return self._step_by_core(group, index, slots, scores, query, key, value, how)
         self._write_single(group, index, slots, key, value)
         if self._step.columns == 1:
             return self._decode(number, group, slots, scores, query, how)
@@ -190,6 +195,47 @@ class Eager(Backend):
         grouped = query.view(query.shape[0], keys.shape[1], -1, *query.shape[2:])
         return self._rotary(grouped, at_query[:, :, None], layer).flatten(1, 2), self._rotary(keys, at_key, layer)
 
+    def _core_steps(self, slots: Slots, query: Tensor, how: How) -> bool:
+        """Whether the core takes a decode step as a whole: plain attention over the model's own numbers on a CPU."""
+        plain = self._rotary is None and not how.softcap and how.sinks is None
+        if not (plain and self._step.decodes and query.device.type == "cpu" and query.dtype in _CORE_DTYPES):
+            return False
+        return all(isinstance(side, Plain) and side.held.dtype == query.dtype for side in (slots.keys, slots.values))
+
+    def _step_by_core(
+        self,
+        group: Group,
+        index: int,
+        slots: Slots,
+        scores: Scores,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        how: How,
+    ) -> Tensor:
+        """Write a token, attend and look, in one call: a hundred of torch's take longer than what they compute."""
+        own, rule, keys, values = scores.attention(), group.rule, slots.keys, slots.values
+        assert isinstance(keys, Plain)
+        assert isinstance(values, Plain)
+        output = query.new_empty((*query.shape[:3], value.shape[3]))
+        _core.step(
+            query.contiguous(),
+            key.contiguous(),
+            value.contiguous(),
+            self._written[group][index],
+            self._step.seen,
+            keys.held,
+            values.held,
+            scores.positions,
+            how.scale,
+            how.window,
+            how.chunked,
+            output,
+            None if own is None else (*own, rule.mass_decay, rule.peak_decay, rule.look_gap, rule.value_weighted),
+            threads=self._threads,
+        )
+        return output
+
     def _decode(
         self, number: int, group: Group, slots: Slots, scores: Scores, query: Tensor, how: How, looking: bool = True
     ) -> Tensor:
@@ -197,7 +243,7 @@ class Eager(Backend):
         full = step.decodes and min(step.seen) + 1 >= group.ledger.slots
         mask = None
         if not full or how.window:
-            mask = softmax.visible(on.query_positions, scores.positions, how.window, how.chunked)
+            mask = Positions(on.query_positions, scores.positions)
         observe, own = None, scores.attention() if looking else None
         if own is not None:
             block = Block(
@@ -208,15 +254,17 @@ class Eager(Backend):
                 step.seen,
                 1,
                 slots.look_weights() if group.rule.value_weighted else None,
+                scores.positions.shape[2],
+                None,
             )
 
             observe = partial(self._observe, block=block, rule=group.rule, scores=own)
         if not slots.coded or self._rotary is not None:
             keys, values = slots.read()
             query, keys = self._rotated(number, query, on, keys, scores.positions)
-            return softmax.attend(query, keys, values, mask, how, observe)
+            return softmax.attend(query, keys, values, mask, how, observe, self._threads)
         grouped = query.reshape(query.shape[0], scores.positions.shape[1], -1, query.shape[3])
-        weights = softmax.probabilities(slots.keys.products(grouped), 1, mask, how)
+        weights = softmax.probabilities(slots.keys.products(grouped), 1, mask, how, self._threads)
         output = slots.values.sums(weights.flatten(2, 3)).view(*query.shape[:3], -1)
         if observe is not None:
             observe(weights)
@@ -286,7 +334,7 @@ class Eager(Backend):
         for part in softmax.blocks(step.batch * query.shape[1], query.shape[2], keys.shape[2], key.device):
             # No query of this block sees a later column where attention is causal.
             end = stored + (skipped + part.stop if how.own is None else step.columns)
-            queries, seen = query_positions[:, part], seen_positions[..., :end]
+            queries, seen = query_positions[:, part].contiguous(), seen_positions[..., :end].contiguous()
             observe = None
             if own is not None:
                 block = Block(
@@ -297,14 +345,17 @@ class Eager(Backend):
                     step.seen,
                     max(step.lengths),
                     None if weights is None else weights[..., :end].contiguous(),
+                    stored,
+                    None if step.padded else skipped + part.start,
                 )
 
                 observe = partial(self._observe, block=block, rule=group.rule, scores=own)
-            mask = softmax.visible(queries, seen, how.window, how.chunked)
+            mask: Tensor | Positions = Positions(queries, seen)
             if how.own is not None:
+                mask = softmax.visible(queries, seen, how.window, how.chunked)
                 mask[..., stored:] = (how.own[:, part] & (on.new_positions >= 0)[:, None])[:, None, None]
             output[:, :, part] = softmax.attend(
-                query[:, :, part], keys[:, :, :end], values[:, :, :end], mask, how, observe
+                query[:, :, part], keys[:, :, :end], values[:, :, :end], mask, how, observe, self._threads
             )
         return output, own
 

@@ -79,7 +79,8 @@ class Group:
         slots, ledger = self.slots[index], self.ledger
         assert slots is not None
         distinct = None
-        if self.spec.distinct:
+        # Where every row has room for all its tokens nothing is chosen.
+        if self.spec.distinct and max(ledger.core.seen) > ledger.slots:
             distinct = self._distinct_of_chunk(slots, ledger.host.positions[index], ranks, lengths, chunk)
         source = ledger.keep(index, ranks, lengths, chunk.scores, distinct)
         slots.put(source.to(chunk.key.device, non_blocking=True), chunk.key, chunk.value)

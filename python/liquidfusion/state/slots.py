@@ -494,6 +494,6 @@ def _scatter(held: Tensor, at: Tensor, new: Tensor, rows: Sequence[int] | None) 
 
 
 def _move(source: Tensor, new: Tensor, held: Tensor) -> None:
-    """Put columns of `[batch, kv_heads, columns, x]` where `source` says."""
-    moved, column = (source >= 0)[..., None], source.clamp(min=0).long()[..., None]
-    torch.where(moved, new.gather(2, column.expand(-1, -1, -1, new.shape[3])), held, out=held)
+    """Put columns of `[batch, kv_heads, columns, x]` where `source` says; memory of other slots is not touched."""
+    row, head, slot = (source >= 0).nonzero(as_tuple=True)
+    held[row, head, slot] = new[row, head, source[row, head, slot].long()]

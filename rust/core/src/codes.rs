@@ -232,6 +232,12 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
             *sum += a * b;
         }
     }
+    folded(sums)
+}
+
+/// Sum by halves. Not inlined: the compiler would see pairs being added here, and work in pairs before as well, not by the vector.
+#[inline(never)]
+fn folded(mut sums: [f32; LANES]) -> f32 {
     let mut n = LANES;
     while n > 1 {
         n /= 2;

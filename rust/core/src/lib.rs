@@ -12,6 +12,7 @@
 //! head      what one head shows     decide   which candidates stay     score     what they are worth, a type per answer
 //! select    the k largest, by counting           simd  vector instructions, chosen at run time
 //! accumulate  attention probabilities into mass and peak      codes  keys and values in 8, 4 or 2 bits
+//! attend    softmax of a block of products, and a whole decode step
 //! threads, view, error                what they say
 //! ```
 //!
@@ -37,6 +38,7 @@
 #![forbid(unsafe_code)]
 
 pub mod accumulate;
+pub mod attend;
 pub mod codes;
 mod decide;
 pub mod error;

@@ -5,7 +5,7 @@
 
 use std::sync::OnceLock;
 
-use pulp::{Arch, NullaryFnOnce};
+use pulp::{Arch, WithSimd};
 
 use crate::error::{Result, fail};
 
@@ -54,7 +54,7 @@ pub fn name() -> &'static str {
 }
 
 /// Run `work`, which must be `#[inline(always)]`, compiled for the widest instructions there are.
-pub(crate) fn dispatch<W: NullaryFnOnce>(work: W) -> W::Output {
+pub(crate) fn dispatch<W: WithSimd>(work: W) -> W::Output {
     arch().dispatch(work)
 }
 

@@ -5,6 +5,7 @@
 
 mod accumulate;
 mod args;
+mod attend;
 mod codes;
 mod error;
 mod ledger;
@@ -34,6 +35,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(spec::parameters, module)?)?;
     module.add_function(wrap_pyfunction!(spec::budget_from_percent, module)?)?;
     module.add_function(wrap_pyfunction!(accumulate::accumulate, module)?)?;
+    module.add_function(wrap_pyfunction!(attend::softmax, module)?)?;
+    module.add_function(wrap_pyfunction!(attend::step, module)?)?;
     module.add_function(wrap_pyfunction!(codes::encode, module)?)?;
     module.add_function(wrap_pyfunction!(codes::code_logits, module)?)?;
     module.add_function(wrap_pyfunction!(codes::code_outputs, module)?)?;
