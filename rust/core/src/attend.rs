@@ -8,12 +8,9 @@ use pulp::{Simd, WithSimd};
 
 use crate::accumulate::{Decay, Looks, accumulate};
 use crate::error::{Result, fail};
-use crate::simd;
+use crate::simd::{self, LANES, sums};
 use crate::threads;
 use crate::view::{View, ViewMut};
-
-/// Numbers that are summed side by side.
-const LANES: usize = 16;
 
 /// Slots that are worked on together.
 const BLOCK: usize = 16;
@@ -71,22 +68,6 @@ fn exp(x: f32) -> f32 {
     if x < -87.0 { 0.0 } else { value }
 }
 
-/// The sum of each, in one fixed order.
-///
-/// Not inlined: the compiler would see pairs being added here, and work in pairs before as well instead of by the vector.
-#[inline(never)]
-fn sums(lanes: &[[f32; LANES]], to: &mut [f32]) {
-    for (to, lanes) in to.iter_mut().zip(lanes) {
-        let mut eight: [f32; 8] = std::array::from_fn(|i| lanes[i] + lanes[i + 8]);
-        for n in [4, 2, 1] {
-            for i in 0..n {
-                eight[i] += eight[i + n];
-            }
-        }
-        *to = eight[0];
-    }
-}
-
 /// Join blocks of lanes by the vector, one fixed lane for each number whatever the vectors' width.
 #[inline(always)]
 fn joined<S: Simd>(
@@ -130,9 +111,7 @@ fn softmax_row<S: Simd>(simd: S, row: &mut [f32], positions: &[i32], query: i32,
     let (blocks, rest) = row.as_chunks::<LANES>();
     let mut lanes = joined(simd, blocks.iter().copied(), 0.0, |a, b| simd.add_f32s(a, b));
     lanes.iter_mut().zip(rest).for_each(|(lane, x)| *lane += x);
-    let mut sum = [0.0];
-    sums(&[lanes], &mut sum);
-    let inverse = 1.0 / sum[0];
+    let inverse = 1.0 / simd::sum(lanes);
     for x in row {
         *x *= inverse;
     }

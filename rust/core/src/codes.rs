@@ -7,12 +7,10 @@
 use half::f16;
 
 use crate::error::{Result, fail};
-use crate::simd::vectorised;
+use crate::simd::{self, LANES, vectorised};
 use crate::threads;
 use crate::view::{View, ViewMut};
 
-/// Coordinates that are summed side by side.
-const LANES: usize = 16;
 /// Slots that one thread takes at a time.
 const BLOCK: usize = 256;
 /// Slots whose levels are added together to an output.
@@ -232,20 +230,7 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
             *sum += a * b;
         }
     }
-    folded(sums)
-}
-
-/// Sum by halves. Not inlined: the compiler would see pairs being added here, and work in pairs before as well, not by the vector.
-#[inline(never)]
-fn folded(mut sums: [f32; LANES]) -> f32 {
-    let mut n = LANES;
-    while n > 1 {
-        n /= 2;
-        for i in 0..n {
-            sums[i] += sums[i + n];
-        }
-    }
-    sums[0]
+    simd::sum(sums)
 }
 
 /// Vectors of `width` coordinates, each followed by zeros up to a multiple of [`LANES`].

@@ -58,6 +58,32 @@ pub(crate) fn dispatch<W: WithSimd>(work: W) -> W::Output {
     arch().dispatch(work)
 }
 
+/// Numbers that are summed side by side, whatever the vectors' width, so that every instruction set gives the same sums.
+pub(crate) const LANES: usize = 16;
+
+/// The sum of each, in one fixed order.
+///
+/// Not inlined: the compiler would see pairs being added here, and work in pairs before as well instead of by the vector.
+#[inline(never)]
+pub(crate) fn sums(lanes: &[[f32; LANES]], to: &mut [f32]) {
+    for (to, lanes) in to.iter_mut().zip(lanes) {
+        let mut eight: [f32; 8] = std::array::from_fn(|i| lanes[i] + lanes[i + 8]);
+        for n in [4, 2, 1] {
+            for i in 0..n {
+                eight[i] += eight[i + n];
+            }
+        }
+        *to = eight[0];
+    }
+}
+
+/// The sum of all.
+pub(crate) fn sum(lanes: [f32; LANES]) -> f32 {
+    let mut total = [0.0];
+    sums(&[lanes], &mut total);
+    total[0]
+}
+
 /// A function that is compiled for each instruction set; what it calls in loops must be `#[inline(always)]`.
 macro_rules! vectorised {
     ($(#[$meta:meta])* $vis:vis fn $name:ident<$life:lifetime>($($arg:ident: $type:ty),+ $(,)?) -> $out:ty $body:block) => {
