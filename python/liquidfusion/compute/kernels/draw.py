@@ -128,7 +128,7 @@ def _draw(
         low, total = _search(logits, size, temperature, top, low, high, total, top_k, 0.0, BLOCK, GRAIN)
     if top_p < 1.0:
         if (top_k <= 0) | (top_k >= size):
-            total = _above(logits, size, temperature, top, low, 0, BLOCK, GRAIN)[3]
+            _c1, _c2, _c3, total, _s2, _s3 = _above(logits, size, temperature, top, low, 0, BLOCK, GRAIN)
         low, total = _search(logits, size, temperature, top, low, high, total, 1, top_p * total, BLOCK, GRAIN)
 
     sums = tl.zeros([BLOCK], tl.float32)
