@@ -199,6 +199,45 @@ def test_answers_to_one_prompt_read_it_once(model: PreTrainedModel) -> None:
     assert len(set(map(tuple, answers))) == 4
 
 
+def test_one_token_that_is_left_is_a_decode_step(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, sampling = prompt_of(2 * CHUNK, 3), Sampling(max_tokens=6, temperature=1.0, seed=4)
+    with Engine(model, rows=3, budget=24, chunk=CHUNK) as engine:
+        (first,) = engine.submit(prompt, Sampling(max_tokens=1), keep=True)
+        ids_of(first)
+        monkeypatch.setattr(engine._own, "read", None)
+        answers = [ids_of(request) for request in engine.submit([*prompt, 5], sampling, n=2, resume=first.state)]
+        alone = ids_of(engine.submit([7], sampling)[0])
+        assert engine.stats().prompt_tokens == 2 * CHUNK + 2
+    for number, answer in enumerate(answers):
+        own = Alone(model, CHUNK, sampling, 4 + number * SEED_STRIDE, budget=24)
+        assert answer == own.run([*prompt, 5])
+    assert alone == Alone(model, CHUNK, sampling, 4, budget=24).run([7])
+
+
+def test_neighbours_read_equal_chunks_in_one_call(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, sampling = [prompt_of(length, length) for length in (29, 29, 29, 17)], Sampling(max_tokens=4)
+    prompts[1] = prompts[1][::-1]
+    with Engine(model, rows=4, budget=24, chunk=CHUNK, step_tokens=4 * CHUNK, prefixes=0) as engine:
+        calls, call = [], engine._own._call
+
+        def noted(rows: range, lengths: tuple[int, ...], ids: Tensor) -> Tensor:
+            calls.append((rows, lengths))
+            return call(rows, lengths, ids)
+
+        monkeypatch.setattr(engine._own, "_call", noted)
+        with engine._wake:  # it waits
+            requests = [engine.submit(prompt, sampling)[0] for prompt in prompts]
+        answers = [ids_of(request) for request in requests]
+    assert [call for call in calls if max(call[1]) > 1] == [
+        (range(4), (CHUNK,) * 4),
+        (range(3), (CHUNK,) * 3),
+        (range(3, 4), (5,)),
+        (range(3), (5,) * 3),
+    ]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer == Alone(model, CHUNK, sampling, 0, budget=24).run(prompt)
+
+
 def test_in_an_event_loop(model: PreTrainedModel) -> None:
     async def collect(request: Request) -> list[Token]:
         return [token async for token in request]

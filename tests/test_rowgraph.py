@@ -39,6 +39,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("liquidfusion.hf.rows.kernels_run_on", lambda _: True)
     monkeypatch.setattr("liquidfusion.state.group.shares_memory", lambda *_: False)
     monkeypatch.setattr("liquidfusion.hf.rows.SIZES", (1, 2))
+    monkeypatch.setattr("liquidfusion.run.rowscores.AT_ONCE", (1, 2))  # the scores of three rows go in two turns
     monkeypatch.setattr(kernels, "decode", plain_decode.decode)
 
 

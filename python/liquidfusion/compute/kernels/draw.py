@@ -124,13 +124,12 @@ def _draw(
     low = _order(lowest, GRAIN).to(tl.int64)
     high = _order(top, GRAIN).to(tl.int64) + 1
     total = 0.0
-    limited = (top_k > 0) & (top_k < size)
-    if limited:
+    if (top_k > 0) & (top_k < size):
         low, total = _search(logits, size, temperature, top, low, high, total, top_k, 0.0, BLOCK, GRAIN)
     if top_p < 1.0:
-        if not limited:
-            _, _, _, total, _, _ = _above(logits, size, temperature, top, low, 0, BLOCK, GRAIN)
-        low, _ = _search(logits, size, temperature, top, low, high, total, 1, top_p * total, BLOCK, GRAIN)
+        if (top_k <= 0) | (top_k >= size):
+            _c1, _c2, _c3, total, _s2, _s3 = _above(logits, size, temperature, top, low, 0, BLOCK, GRAIN)
+        low, total = _search(logits, size, temperature, top, low, high, total, 1, top_p * total, BLOCK, GRAIN)
 
     sums = tl.zeros([BLOCK], tl.float32)
     for start in tl.range(0, size, BLOCK, num_stages=STAGES):
@@ -227,7 +226,7 @@ def draw(logits: Tensor, settings: Tensor, noise: Tensor, lanes: Tensor) -> Tens
             settings.stride(0),
             size,
             BLOCK=_block(size),
-            GRAIN=GRAIN[logits.dtype],
+            GRAIN=GRAIN.get(logits.dtype, 0),
             num_warps=8,
         )
     return ids
