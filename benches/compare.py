@@ -1,6 +1,7 @@
 """Time the Rust core beside torch and numpy on the same data, and beside another build of itself, in one process.
 
-Machines are noisy: contestants take turns, and the ratio is that of their fastest rounds (of the medians in brackets)::
+Machines are noisy: contestants take turns, and the ratio is that of their fastest rounds (of the medians in brackets).
+Where the core works on one thread that thread's CPU time counts, else real time. Builds must choose the same victims::
 
     python benches/compare.py [--rounds 30] [--beside OLD/_core.abi3.so] [--json results.json]
 """
@@ -49,6 +50,11 @@ def build(path: str) -> ModuleType:
 Builds = dict[str, ModuleType]
 
 
+def clock(name: str) -> Callable[[], float]:
+    """What a contestant's time is taken by."""
+    return time.thread_time if name.endswith("1 thread") else time.perf_counter
+
+
 def liquid_fusion(core: ModuleType, slots: int, **parameters: float) -> _core.Spec:
     """The default strategy, by mass and peak alone, with the same shares in a build from before distinctness."""
     if hasattr(core, "parameters"):
@@ -58,8 +64,8 @@ def liquid_fusion(core: ModuleType, slots: int, **parameters: float) -> _core.Sp
 
 def ledger(
     core: ModuleType, batch: int, slots: int, interval: int, threads: int
-) -> tuple[Callable[[], None], Callable[[], object]]:
-    """A full ledger of 32 layers and 8 heads: how to bring it to the step of a decision, and the decision."""
+) -> tuple[Callable[[], None], Callable[[], object], torch.Tensor]:
+    """A full ledger of 32 layers and 8 heads: how to bring it before a decision, the decision, and its positions."""
     shape = (32, batch, 8, slots)
     spec = liquid_fusion(core, slots, eviction_interval=interval)
     positions, mass, peak = torch.full(shape, -1, dtype=torch.int32), torch.zeros(shape), torch.zeros(shape)
@@ -73,10 +79,10 @@ def ledger(
 
     for _ in range(slots + interval):
         step()
-    mass.copy_(values[0])
-    peak.copy_(values[1])
 
     def approach() -> None:
+        mass.copy_(values[0])
+        peak.copy_(values[1])
         for _ in range(interval - 1):
             step()
         one.begin([1] * batch, chosen)
@@ -84,18 +90,19 @@ def ledger(
     def decide() -> None:
         assert one.finish() == 256 * batch * interval
 
-    return approach, decide
+    return approach, decide, positions
 
 
 def decisions(builds: Builds, batch: int, slots: int, interval: int, rounds: int) -> list[tuple[str, float, float]]:
     """Decisions of 32 layers and 8 heads, beside what torch and numpy take for one of the two selections in them."""
     times: dict[str, list[float]] = {}
     contestants: dict[str, tuple[Callable[[], None], Callable[[], object]]] = {}
+    stored = []
     for name, core in builds.items():
         for threads in (1, 2):
-            contestants[f"{name}, {threads} thread{'s' * (threads > 1)}"] = ledger(
-                core, batch, slots, interval, threads
-            )
+            approach, decide, positions = ledger(core, batch, slots, interval, threads)
+            contestants[f"{name}, {threads} thread{'s' * (threads > 1)}"] = approach, decide
+            stored.append(positions)
     values = scores(256 * batch, slots, seed=1)
     array = values.numpy()
     contestants["torch.topk, one selection"] = (lambda: None, lambda: torch.topk(values, slots // 2))
@@ -103,10 +110,12 @@ def decisions(builds: Builds, batch: int, slots: int, interval: int, rounds: int
     for turn in range(rounds + 1):
         for name, (approach, work) in contestants.items():
             approach()
-            start = time.perf_counter()
+            now = clock(name)
+            start = now()
             work()
             if turn:
-                times.setdefault(name, []).append(time.perf_counter() - start)
+                times.setdefault(name, []).append(now() - start)
+    assert all(torch.equal(stored[0], other) for other in stored), "the victims differ"
     return report(
         f"a decision, 32 layers x {batch} rows x 8 heads x {slots} slots, interval {interval}", times, "core, 1 thread"
     )
@@ -122,11 +131,13 @@ def chunk(builds: Builds, rows: int, heads: int, new: int, rounds: int) -> list[
         columns = torch.arange(new, dtype=torch.int32).repeat(rows, 1)
         return columns, *(scores(rows * heads, slots + new, seed).view(rows, heads, -1) for seed in (1, 2))
 
-    def call(one: _core.Ledger, columns: torch.Tensor, mass: torch.Tensor, peak: torch.Tensor) -> float:
+    def call(
+        one: _core.Ledger, now: Callable[[], float], columns: torch.Tensor, mass: torch.Tensor, peak: torch.Tensor
+    ) -> float:
         one.begin([columns.shape[1]] * rows, chosen)
-        start = time.perf_counter()
+        start = now()
         one.chunk(0, columns, mass, peak, source)
-        taken = time.perf_counter() - start
+        taken = now() - start
         one.finish()
         return taken
 
@@ -136,12 +147,14 @@ def chunk(builds: Builds, rows: int, heads: int, new: int, rounds: int) -> list[
         for threads in (1, 2):
             tensors = torch.full(shape, -1, dtype=torch.int32), torch.zeros(shape), torch.zeros(shape)
             one = core.Ledger(liquid_fusion(core, slots), *tensors, threads=threads)
-            call(one, *inputs(slots))
+            call(one, time.perf_counter, *inputs(slots))
             ledgers[f"{name}, {threads} thread{'s' * (threads > 1)}"] = one
-    given = inputs(new)
+    given, sources = inputs(new), dict[int, torch.Tensor]()
     for turn in range(rounds + 1):
         for name, one in ledgers.items():
-            taken = call(one, *given)
+            taken = call(one, clock(name), *given)
+            sources.setdefault(turn, source.clone())
+            assert torch.equal(source, sources[turn]), "the victims differ"
             if turn:
                 times.setdefault(name, []).append(taken)
     return report(f"a chunk's decision, {rows * heads} heads x {slots + new} candidates", times, "core, 1 thread")
@@ -226,6 +239,7 @@ def main() -> None:
     rows = decisions(builds, 1, 2112, 64, rounds)
     rows += decisions(builds, 1, 2048, 64, rounds)
     rows += decisions(builds, 64, 2048, 1, max(rounds // 10, 3))
+    rows += chunk(builds, 1, 8, 512, rounds)
     rows += chunk(builds, 1, 8, 32768, rounds)
     rows += chunk(builds, 440, 4, 18, rounds)
     rows += overhead(builds, rounds)

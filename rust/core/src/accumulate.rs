@@ -1,6 +1,6 @@
 //! Attention probabilities into mass and peak.
 //!
-//! The probabilities are read once, in blocks of columns whose sums stay in the first-level cache, and checked on the way: a float is finite and
+//! The probabilities are read once, in blocks of columns whose sums stay in registers, and checked on the way: a float is finite and
 //! not negative when its bits are small enough. Results are written when everything was found good.
 //!
 //! Numbers too small for a normal float count as 0, explicitly: whether a thread's floating-point unit flushes them differs from thread to
@@ -9,9 +9,11 @@
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use pulp::{Simd, WithSimd};
+
 use crate::error::{Result, fail};
 use crate::head::{FINITE, valid};
-use crate::simd::vectorised;
+use crate::simd::{self, vectorised};
 use crate::threads;
 use crate::view::{View, ViewMut};
 
@@ -74,32 +76,81 @@ struct Tile<'a> {
     weights: Option<&'a [f32]>,
 }
 
-vectorised! {
-    /// Fill in the new mass and peak. Returns the largest bits of a probability met, and of a score or weight, old or new.
-    fn fill<'a>(tile: Tile<'a>, sums: &'a mut [f32], peaks: &'a mut [f32]) -> [u32; 2] {
-        let Tile { probabilities, first, group, queries, columns, real, mass, peak, fade, weights } = tile;
-        let (mut worst, mut worst_score) = (0, 0);
-        let mut room = [0.0; TILE];
-        let total = &mut room[..sums.len()];
+/// Sum and maximum over the queries of the looks at a tile's columns, by the vector: what a block of columns sums up to stays in registers.
+struct Sum<'a> {
+    tile: &'a Tile<'a>,
+    sums: &'a mut [f32],
+    peaks: &'a mut [f32],
+}
+
+/// Vectors of a block.
+const TOGETHER: usize = 4;
+
+impl WithSimd for Sum<'_> {
+    /// The largest bits of a probability met.
+    type Output = u32;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> u32 {
+        let Self { tile: &Tile { probabilities, first, group, queries, columns, real, .. }, sums, peaks } = self;
+        let size = size_of::<S::f32s>();
+        let width = TOGETHER * S::F32_LANES;
+        let whole = sums.len() / width * width;
         sums.fill(0.0);
         peaks.fill(0.0);
+        let ((sums, last_sums), (peaks, last_peaks)) = (sums.split_at_mut(whole), peaks.split_at_mut(whole));
+        let (mut worst, mut worst_last) = (simd.splat_u32s(0), 0);
         for &(query, to_mass, to_peak) in real {
-            total.fill(0.0);
-            for g in 0..group {
-                let row = &probabilities[(g * queries + query) * columns + first..];
-                for (total, &probability) in total.iter_mut().zip(row) {
-                    *total += normal(probability);
-                    worst = probability.to_bits().max(worst);
+            let at = |g: usize| (g * queries + query) * columns + first;
+            let (mass_factor, peak_factor) = (simd.splat_f32s(to_mass), simd.splat_f32s(to_peak));
+            let blocks = sums.chunks_exact_mut(width).zip(peaks.chunks_exact_mut(width)).enumerate();
+            for (block, (sums, peaks)) in blocks {
+                let mut total = [simd.splat_f32s(0.0); TOGETHER];
+                for g in 0..group {
+                    let from = at(g) + block * width;
+                    let bytes: &[u8] = bytemuck::cast_slice(&probabilities[from..from + width]);
+                    for (i, total) in total.iter_mut().enumerate() {
+                        let bits: S::u32s = bytemuck::pod_read_unaligned(&bytes[i * size..(i + 1) * size]);
+                        worst = simd.max_u32s(worst, bits);
+                        *total = simd.add_f32s(*total, all_normal(simd, simd.transmute_f32s_u32s(bits)));
+                    }
+                }
+                let sums = S::as_mut_simd_f32s(sums).0.iter_mut().zip(S::as_mut_simd_f32s(peaks).0);
+                for ((sum, peak), total) in sums.zip(total) {
+                    *sum = simd.add_f32s(*sum, all_normal(simd, simd.mul_f32s(total, mass_factor)));
+                    *peak = simd.max_f32s(all_normal(simd, simd.mul_f32s(total, peak_factor)), *peak);
                 }
             }
-            for ((sum, peak), &total) in sums.iter_mut().zip(&mut *peaks).zip(&*total) {
+            for (i, (sum, peak)) in last_sums.iter_mut().zip(&mut *last_peaks).enumerate() {
+                let mut total = 0.0;
+                for g in 0..group {
+                    let probability = probabilities[at(g) + whole + i];
+                    total += normal(probability);
+                    worst_last = probability.to_bits().max(worst_last);
+                }
                 *sum += normal(total * to_mass);
                 *peak = larger(normal(total * to_peak), *peak);
             }
         }
+        bytemuck::cast_slice(&[worst]).iter().copied().fold(worst_last, u32::max)
+    }
+}
+
+/// [`normal`] of each.
+#[inline(always)]
+fn all_normal<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+    let small = simd.less_than_f32s(x, simd.splat_f32s(f32::MIN_POSITIVE));
+    simd.select_f32s(small, simd.splat_f32s(0.0), x)
+}
+
+vectorised! {
+    /// Turn a tile's sums and peaks into its new scores. Returns the largest bits met of a score or weight, old or new.
+    fn merge<'a>(tile: &'a Tile<'a>, sums: &'a mut [f32], peaks: &'a mut [f32]) -> u32 {
+        let &Tile { mass, peak, fade, weights, .. } = tile;
+        let mut worst = 0;
         if let Some(weights) = weights {
             for ((sum, peak), &weight) in sums.iter_mut().zip(&mut *peaks).zip(weights) {
-                worst_score = weight.to_bits().max(worst_score);
+                worst = weight.to_bits().max(worst);
                 *sum = normal(*sum * normal(weight));
                 *peak = normal(*peak * normal(weight));
             }
@@ -107,9 +158,9 @@ vectorised! {
         for ((sum, peak), (&mass, &old_peak)) in sums.iter_mut().zip(peaks).zip(mass.iter().zip(peak)) {
             *sum += normal(normal(mass) * fade[0]);
             *peak = larger(normal(normal(old_peak) * fade[1]), *peak);
-            worst_score = worst_score.max(mass.to_bits()).max(old_peak.to_bits()).max(sum.to_bits()).max(peak.to_bits());
+            worst = worst.max(mass.to_bits()).max(old_peak.to_bits()).max(sum.to_bits()).max(peak.to_bits());
         }
-        [worst, worst_score]
+        worst
     }
 }
 
@@ -192,9 +243,9 @@ pub fn accumulate(
                 fade: fades[row],
                 weights: looks.weights.map(|weights| &weights.data()[here]),
             };
-            let [met, met_score] = fill(tile, sums, peaks);
+            let met = simd::dispatch(Sum { tile: &tile, sums: &mut *sums, peaks: &mut *peaks });
             worst.fetch_max(met, Ordering::Relaxed);
-            worst_score.fetch_max(met_score, Ordering::Relaxed);
+            worst_score.fetch_max(merge(&tile, sums, peaks), Ordering::Relaxed);
         });
         if worst.into_inner() > FINITE {
             let shape = looks.probabilities.shape();
