@@ -279,7 +279,7 @@ def test_torch_adds_looks_as_the_core_does(columns, weighted):
     ages = torch.tensor([[2, 1, -1, 0, -1], [4, 3, 2, 1, 0]], dtype=torch.int32)
     weights = torch.rand(2, 3, columns) if weighted else None
     unused = torch.zeros(0)
-    block = looks.Block(unused, unused, ages, [3, 5], [0, 0], 5, weights)
+    block = looks.Block(unused, unused, ages, [3, 5], [0, 0], 5, weights, 0, None)
     rule = looks.Rule(0.9, 0.99, 0, None, weighted)
     probabilities = torch.rand(2, 3, 2, 5, columns)
     start = torch.rand(2, 2, 3, 70)
