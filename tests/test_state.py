@@ -20,7 +20,7 @@ def test_looks_from_afar_count_for_what_was_stored() -> None:
     probabilities = torch.rand(1, 1, 2, columns, len(held))
     ages = torch.arange(columns - 1, -1, -1, dtype=torch.int32)[None]
     positions = torch.tensor(held, dtype=torch.int32)
-    block = Block(positions[None, 2:], positions[None, None], ages, [columns], [first], columns, None)
+    block = Block(positions[None, 2:], positions[None, None], ages, [columns], [first], columns, None, 2, 0)
     mass, peak = torch.zeros(2, 1, 1, len(held))
     mean = probabilities[0, 0].mean(0)
     observe(probabilities, block, Rule(1.0, 1.0, 0, reach, False), mass, peak)
