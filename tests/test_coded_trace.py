@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import liquidfusion as lf
 from liquidfusion.compute.codes import Coding
-from liquidfusion.state.slots import Coded
+from liquidfusion.state.sides import Coded
 from naive import NaiveCache, Stored
 from reference import rules
 from test_codes import Twin as CodeTwin

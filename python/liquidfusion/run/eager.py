@@ -20,7 +20,8 @@ from liquidfusion.run.sampling import upload
 from liquidfusion.run.step import On, Step
 from liquidfusion.state.group import Chunk, Group, Groups
 from liquidfusion.state.ledger import Scores
-from liquidfusion.state.slots import Plain, Slots
+from liquidfusion.state.sides import Plain
+from liquidfusion.state.slots import Slots
 
 _CORE_DTYPES = (torch.float32, torch.bfloat16)  # in which the core attends
 
@@ -241,29 +242,34 @@ class Eager(Backend):
     ) -> Tensor:
         step, on = self._step, self._step.on(query.device)
         full = step.decodes and min(step.seen) + 1 >= group.ledger.slots
+        positions = scores.positions
+        if slots.coded and self._rotary is None:
+            # Those behind the tokens of the longest row are empty, and codes of empty slots would be worked on as well.
+            used = min(max(step.seen) + 1, positions.shape[2])
+            slots, positions = slots.upto(used), positions[..., :used].contiguous()
         mask = None
         if not full or how.window:
-            mask = Positions(on.query_positions, scores.positions)
+            mask = Positions(on.query_positions, positions)
         observe, own = None, scores.attention() if looking else None
         if own is not None:
             block = Block(
                 on.query_positions,
-                scores.positions,
+                positions,
                 on.ages,
                 step.lengths,
                 step.seen,
                 1,
                 slots.look_weights() if group.rule.value_weighted else None,
-                scores.positions.shape[2],
+                positions.shape[2],
                 None,
             )
 
             observe = partial(self._observe, block=block, rule=group.rule, scores=own)
         if not slots.coded or self._rotary is not None:
             keys, values = slots.read()
-            query, keys = self._rotated(number, query, on, keys, scores.positions)
+            query, keys = self._rotated(number, query, on, keys, positions)
             return softmax.attend(query, keys, values, mask, how, observe, self._threads)
-        grouped = query.reshape(query.shape[0], scores.positions.shape[1], -1, query.shape[3])
+        grouped = query.reshape(query.shape[0], positions.shape[1], -1, query.shape[3])
         weights = softmax.probabilities(slots.keys.products(grouped), 1, mask, how, self._threads)
         output = slots.values.sums(weights.flatten(2, 3)).view(*query.shape[:3], -1)
         if observe is not None:

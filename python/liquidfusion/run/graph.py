@@ -27,7 +27,8 @@ from liquidfusion.exceptions import CacheError, UnsupportedError
 from liquidfusion.options import Run
 from liquidfusion.run.backend import Backend, attending
 from liquidfusion.state.group import Group
-from liquidfusion.state.slots import Coded, Slots
+from liquidfusion.state.sides import Coded
+from liquidfusion.state.slots import Slots
 
 GRAPH_INPUTS = frozenset(
     {
