@@ -139,7 +139,7 @@ class Rotary:
             cos, sin = module(probe[:, 0], positions, *([kind] if kind else []))
             scale = float(cos[0, 0, 0])  # YaRN's factor, which the stored keys carry already
             theirs = apply(probe, probe, cos, sin)[0]
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (IndexError, TypeError, ValueError, RuntimeError) as error:  # IndexError: an axis of positions more
             raise UnsupportedError(f"{name} rotates in a way that cannot be followed: {error}") from error
         if not torch.allclose(scale * self(probe, positions[:, None], first), theirs, atol=1e-4):
             raise UnsupportedError(f"{name} orders the rotated halves otherwise than Llama does, which is accepted")
