@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from types import ModuleType
 
 import pytest
@@ -45,6 +46,15 @@ def perplexity(nll: Tensor) -> float:
     return nll.mean().exp().item()
 
 
+def nulls(told: Any) -> Any:
+    """The same with None for what is not a number, as files say it."""
+    if isinstance(told, dict):
+        return {name: nulls(value) for name, value in told.items()}
+    if isinstance(told, list):
+        return [nulls(value) for value in told]
+    return None if isinstance(told, float) and math.isnan(told) else told
+
+
 def test_endless_quality(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given, ids = text(tmp_path, 520)
     given += ["--starts", "448", "128", "--length", "64", "--lead", "96", "--chunk", "32", "--out"]
@@ -52,8 +62,7 @@ def test_endless_quality(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     bounded = ["--budget", "24", *caches, "--rivals-until", "200"]
     result = script(monkeypatch, "endless_quality").main([*given, str(tmp_path / "out.json"), *bounded])
     written = json.loads((tmp_path / "out.json").read_text())
-    assert written["caches"].keys() == result["caches"].keys()
-    assert written["caches"]["liquid_fusion:cache"] == result["caches"]["liquid_fusion:cache"]
+    assert written["caches"] == nulls(result["caches"])
     assert [row["start"] for row in result["caches"]["liquid_fusion:cache"]["texts"]] == [128, 448]
     (full,) = result["caches"]["transformers"]["texts"]
     assert full["deep"] == pytest.approx(perplexity(losses(ids)[127:191]), rel=1e-4)

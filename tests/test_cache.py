@@ -11,6 +11,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import liquidfusion as lf
+from liquidfusion.geometry import Geometry
+from liquidfusion.hf.formats import layer_formats, row_bytes
+from liquidfusion.precision import Bits
 from naive import NaiveCache
 from reference import rules
 from tiny import MODELS, cache_keyword, cached, clear_steps, feed, padded, prompt_then_greedy, tiny
@@ -275,6 +278,21 @@ def test_a_reordered_row_goes_on_as_its_source(strategy: str) -> None:
         for layer in layers(model):
             held = kv.positions(layer)
             assert held[0].tolist() == held[1].tolist(), f"layer {layer}, step {step}"
+
+
+@pytest.mark.filterwarnings("ignore:bits=")
+@pytest.mark.parametrize("bits", [None, 16, 8, 4, (4, 2), (16, 4)])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_row_takes_what_plans_reckon_with(strategy: str, bits: Any) -> None:
+    model = tiny("qwen3")
+    kv = cached(model, strategy, BUDGET, bits=bits)
+    ids, mask = padded(LENGTHS)
+    for _ in feed(model, kv, ids, mask, (40,)):
+        pass
+    geometry = Geometry.of(model)
+    formats = layer_formats(model, geometry, Bits.of(bits), None)
+    context = kv.positions(0).shape[2]
+    assert kv.nbytes == len(LENGTHS) * row_bytes(geometry, formats, kv.spec, context, 4)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -102,17 +102,14 @@ def observe(
     accumulate(probabilities, block, rule, mass, peak.clone(), threads)
     # The call's own columns beyond the reach of all these queries are left out, the stored ones are within it.
     first, end = block.nearer(reach + 1), probabilities.shape[-1]
+    first_new = torch.tensor(block.first_new, device=block.key_positions.device)[:, None, None]
     parts = [slice(0, end)] if first <= block.stored else [slice(0, block.stored), slice(first, end)]
     for part in (part for part in parts if part.stop > part.start):
         looked, kept = probabilities[..., part].contiguous(), peak[..., part].contiguous()
-        own = block.key_positions[..., part] >= _first_new(block)
+        own = block.key_positions[..., part] >= first_new
         looked.masked_fill_(((block.distance(part) > reach) & own[:, :, None])[:, :, None], 0.0)
         accumulate(looked, block.part(part), rule, mass[..., part].clone(), kept, threads)
         peak[..., part] = kept
-
-
-def _first_new(block: Block) -> Tensor:
-    return torch.tensor(block.first_new, device=block.key_positions.device)[:, None, None]
 
 
 def accumulate(

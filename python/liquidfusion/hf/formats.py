@@ -54,11 +54,8 @@ def layer_formats(model: PreTrainedModel, geometry: Geometry, bits: Bits | None,
 
     Warns once per model where `probe` finds that the bits cost more than 3 % of perplexity.
     """
-    if bits is None:
-        return [Format(front=layer.latent) for layer in geometry.layers]
-    half = torch.float16 if geometry.dtype == "float16" else torch.bfloat16
-    if not bits.coded:
-        return [Format(half, half, layer.latent) for layer in geometry.layers]
+    if bits is None or not bits.coded:
+        return plain_formats(geometry, bits)
     if any(layer.latent for layer in geometry.layers):
         raise UnsupportedError(
             f"bits={bits.given!r}: {geometry.architecture} keeps a latent that all heads share, which is not coded; 16 "
@@ -78,7 +75,7 @@ def layer_formats(model: PreTrainedModel, geometry: Geometry, bits: Bits | None,
         if index not in geometry.attention_layers:
             formats.append(Format())  # it has no slots
             continue
-        own = found.bits(index)
+        own, half = found.bits(index), _half(geometry)
         keys = half if own.keys == 16 else Coding(own.keys, layer.key_dim, found.layers[index].mu)
         formats.append(Format(keys, half if own.values == 16 else Coding(own.values, layer.value_dim)))
     return formats
@@ -137,13 +134,17 @@ def row_bytes(geometry: Geometry, formats: Sequence[Format], spec: _core.Spec, c
 
 def plain_formats(geometry: Geometry, bits: Bits | None) -> list[Format]:
     """Formats as bits say, of a model that need not be there: layers that `layer_formats` would raise are not known."""
-    half = torch.float16 if geometry.dtype == "float16" else torch.bfloat16
 
     def side(number: int | None, width: int) -> torch.dtype | Coding | None:
-        return None if number is None else half if number == 16 else Coding(number, width)
+        return None if number is None else _half(geometry) if number == 16 else Coding(number, width)
 
     keys, values = (None, None) if bits is None else (bits.keys, bits.values)
     return [Format(side(keys, layer.key_dim), side(values, layer.value_dim), layer.latent) for layer in geometry.layers]
+
+
+def _half(geometry: Geometry) -> torch.dtype:
+    """What 16 bits are for a model."""
+    return torch.float16 if geometry.dtype == "float16" else torch.bfloat16
 
 
 def fit(strategy: Strategy, memory: int | str, geometry: Geometry, formats: Sequence[Format]) -> _core.Spec:
