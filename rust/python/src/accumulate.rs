@@ -1,12 +1,11 @@
 //! `accumulate`: attention probabilities into mass and peak.
 
 use liquidfusion_core::accumulate::{self as core, Decay, Looks};
-use liquidfusion_core::threads;
 use liquidfusion_core::view::{View, ViewMut};
 use pyo3::prelude::*;
 
-use crate::args::{float, ints, optional_int};
-use crate::error::{config_error, raise, released};
+use crate::args::{float, ints, threads_of};
+use crate::error::{config_error, released};
 use crate::tensor::{Access, Tensor, disjoint};
 
 /// Add one call's attention probabilities to mass and peak.
@@ -36,7 +35,7 @@ pub(crate) fn accumulate(
         peak: Tensor::import("peak", SCORES, peak, Access::Write)?,
         weights,
         decay: Decay { mass: float("mass_decay", mass_decay)?, peak: float("peak_decay", peak_decay)? },
-        threads: threads::resolve(optional_int("threads", threads)?).map_err(|error| raise(py, error))?,
+        threads: threads_of(py, threads)?,
     };
     call.run(py, &probabilities)
 }

@@ -3,7 +3,7 @@
 use pyo3::exceptions::PyOverflowError;
 use pyo3::prelude::*;
 
-use crate::error::config_error;
+use crate::error::{config_error, raise};
 
 fn shown(value: &Bound<'_, PyAny>) -> String {
     value.repr().map_or_else(|_| "something without a repr".into(), |text| text.to_string())
@@ -45,4 +45,9 @@ pub(crate) fn ints(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<i64>> {
         config_error(value.py(), format!("{name} must be a sequence of integers, got {}", shown(value)))
     })?;
     items.map(|item| int(name, &item?)).collect()
+}
+
+/// Threads of the core: this cap, or else the environment's, or else one per core.
+pub(crate) fn threads_of(py: Python<'_>, threads: Option<&Bound<'_, PyAny>>) -> PyResult<usize> {
+    liquidfusion_core::threads::resolve(optional_int("threads", threads)?).map_err(|error| raise(py, error))
 }

@@ -4,12 +4,11 @@ use dlpark::DlpackElement;
 use half::bf16;
 use liquidfusion_core::accumulate::Decay;
 use liquidfusion_core::attend::{self as core, Held, Number, Scores, Token, Window};
-use liquidfusion_core::threads;
 use liquidfusion_core::view::{View, ViewMut};
 use pyo3::prelude::*;
 
-use crate::args::{boolean, float, int, ints, optional_int};
-use crate::error::{config_error, raise, released, tensor_error};
+use crate::args::{boolean, float, int, ints, threads_of};
+use crate::error::{config_error, released, tensor_error};
 use crate::tensor::{Access, AnyTensor, Tensor, disjoint, dtype_name};
 
 fn small(py: Python<'_>, name: &str, value: i64) -> PyResult<i32> {
@@ -23,10 +22,6 @@ fn window_of(window: &Bound<'_, PyAny>, chunked: &Bound<'_, PyAny>) -> PyResult<
         (size, false) => Window::Sliding(size),
         (size, true) => Window::Chunked(size),
     })
-}
-
-fn threads_of(py: Python<'_>, threads: Option<&Bound<'_, PyAny>>) -> PyResult<usize> {
-    threads::resolve(optional_int("threads", threads)?).map_err(|error| raise(py, error))
 }
 
 /// Softmax of products of queries and keys, in place.

@@ -2,11 +2,10 @@
 
 use half::f16;
 use liquidfusion_core::codes::{self as core, Bits, Codes};
-use liquidfusion_core::threads;
 use liquidfusion_core::view::{View, ViewMut};
 use pyo3::prelude::*;
 
-use crate::args::{int, optional_int};
+use crate::args::{int, threads_of};
 use crate::error::{raise, released};
 use crate::tensor::{Access, Tensor, disjoint};
 
@@ -35,7 +34,7 @@ impl Coded {
             bits: Bits::new(int("bits", bits)?).map_err(|error| raise(py, error))?,
             codes: Tensor::import("codes", CODES, codes, access)?,
             scales: Tensor::import("scales", SCALES, scales, access)?,
-            threads: threads::resolve(optional_int("threads", threads)?).map_err(|error| raise(py, error))?,
+            threads: threads_of(py, threads)?,
         })
     }
 

@@ -3,12 +3,11 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use liquidfusion_core::ledger::{ChunkScores, Ledger, Shape, Slots};
-use liquidfusion_core::threads;
 use liquidfusion_core::view::{View, ViewMut};
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 
-use crate::args::{int, ints, optional_int};
+use crate::args::{int, ints, threads_of};
 use crate::error::{config_error, raise, released, tensor_error};
 use crate::spec::PySpec;
 use crate::tensor::{Access, Tensor, disjoint};
@@ -98,7 +97,7 @@ impl PyLedger {
         threads: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let py = positions.py();
-        let threads = threads::resolve(optional_int("threads", threads)?).map_err(|error| raise(py, error))?;
+        let threads = threads_of(py, threads)?;
         let bindings = Bindings::import(positions, mass, peak)?;
         if spec.0.strategy().scored && bindings.scores.is_none() {
             let text = format!("{} needs the tensors mass and peak, got None", spec.0.strategy().name);
