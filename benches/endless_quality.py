@@ -51,7 +51,15 @@ def options(name: str, args: argparse.Namespace) -> CacheOptions | FrameworkCach
     if name == TRANSFORMERS:
         return FrameworkCache()
     strategy, _, positions = name.partition(":")
-    return CacheOptions.of(strategy=strategy, budget=args.budget, positions=positions or "cache", threads=args.threads)
+    chosen = {name: float(value) for name, _, value in (word.partition("=") for word in args.parameter)}
+    return CacheOptions.of(
+        strategy=strategy,
+        budget=args.budget,
+        bits=args.bits,
+        positions=positions or "cache",
+        threads=args.threads,
+        **chosen,
+    )
 
 
 def losses(
@@ -145,6 +153,9 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--budget", type=int, default=512)
+    parser.add_argument(
+        "--bits", help="of each number of keys and values, such as 4 or 8,4; by default the model's own"
+    )
     parser.add_argument("--chunk", type=int, default=256, help="tokens of a call")
     parser.add_argument("--lead", type=int, default=4096, help="tokens before a text in the stream that begins near it")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a text")

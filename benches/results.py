@@ -51,7 +51,8 @@ def jobs(config: Mapping[str, Any], paths: Mapping[str, str], only: Sequence[str
         for name in suite.get("models", config["models"]):
             path = paths.get(name, name)
             width = token_bytes(path, config["dtype"])
-            for length in suite.get("lengths", [None]):
+            compared = suite.get("lengths", [None])
+            for length in [*suite.get("full_lengths", []), *compared]:
                 options = {**suite.get("options", {}), **({} if length is None else {"context": [length]})}
                 if limit is not None:
                     options["limit"] = limit
@@ -61,7 +62,7 @@ def jobs(config: Mapping[str, Any], paths: Mapping[str, str], only: Sequence[str
                     found.append(Job(cell, name, length, method, size))  # noqa: B023
 
                 add("full", "100 %", CacheOptions(strategy="full"))
-                for label, size in sizes(suite, length, width):
+                for label, size in sizes(suite, length, width) if length in compared else ():
                     for method in suite.get("methods", config["methods"]):
                         for one, cache in caches(method, size, width):
                             add(one, "all tokens" if isinstance(cache, Framework) else label, cache)

@@ -102,6 +102,9 @@ def test_the_shipped_configuration_is_sound(results: ModuleType) -> None:
     named = {method["name"] for method in config["methods"] if isinstance(method, dict)}
     assert config["ours"] in named
     found = results.jobs(config, dict.fromkeys(config["models"], str(directory())), [], None)
-    assert len({job.cell.key for job in found}) > 100
+    assert len({job.cell.key for job in found}) > 50
     assert found[0].method == "full"
+    alone = {job.length for job in found if job.cell.task == "ruler"} - set(config["suites"]["ruler"]["lengths"])
+    assert alone == set(config["suites"]["ruler"]["full_lengths"])
+    assert all(job.method == "full" for job in found if job.cell.task == "ruler" and job.length in alone)
     assert {job.cell.task for job in found} == {"ruler", "multiturn", "reasoning"}
