@@ -153,9 +153,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--budget", type=int, default=512)
-    parser.add_argument(
-        "--bits", help="of each number of keys and values, such as 4 or 8,4; by default the model's own"
-    )
+    parser.add_argument("--bits", help="of each number: 4, or of keys and values: 8,4")
+    parser.add_argument("--parameter", nargs="+", default=[], metavar="NAME=NUMBER", help="of the strategy")
     parser.add_argument("--chunk", type=int, default=256, help="tokens of a call")
     parser.add_argument("--lead", type=int, default=4096, help="tokens before a text in the stream that begins near it")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a text")
