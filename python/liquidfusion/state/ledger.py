@@ -243,8 +243,14 @@ class Ledger:
 
     def push(self) -> None:
         """Bring positions and scores from the host to every layer."""
-        for index in range(self.layers):
-            self._push(index, range(self.batch))
+        copies, newest = [], []
+        for index, layer in self._apart():
+            copies += layer.tensors()
+            newest += self._of_host(index).tensors()
+        if copies:
+            torch._foreach_copy_(copies, newest, non_blocking=True)
+            for device in {copy.device for copy in copies}:
+                self._sent(device)
         self._newer_on_device.clear()
 
     def wait(self) -> None:
@@ -270,7 +276,10 @@ class Ledger:
             else:
                 for row in rows:
                     copy[row].copy_(newest[row], non_blocking=True)
-        device = layer.positions.device
+        self._sent(layer.positions.device)
+
+    def _sent(self, device: torch.device) -> None:
+        """Note that a device reads the host's memory until what was launched so far is done."""
         if device.type == "cuda":
             sent = self._uploading[device] = torch.cuda.Event()  # type: ignore[no-untyped-call]
             sent.record(torch.cuda.current_stream(device))
@@ -292,10 +301,13 @@ class Ledger:
         self.wait()
         self.core.release(row)
         self._newer_on_device.discard(row)
-        for _, layer in self._apart():
-            layer.positions[row].fill_(-1)
-            for scores in layer.attention() or ():
-                scores[row].zero_()
+        layers = [layer for _, layer in self._apart()]
+        for kind, empty in ((0, -1), (1, 0), (2, 0)):
+            rows = [layer.tensors()[kind][row] for layer in layers if kind < len(layer.tensors())]
+            if rows:
+                torch._foreach_zero_(rows)
+                if empty:
+                    torch._foreach_add_(rows, empty)
 
     def copy_row(self, source: int, target: int) -> None:
         """Make a row hold what another does, in place."""

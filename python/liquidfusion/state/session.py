@@ -183,18 +183,24 @@ def refill(state: Mapping[str, Tensor], seen: list[int], groups: Groups) -> None
             there = torch.arange(order.shape[-1], device="cpu") < empty.sum(-1, keepdim=True)
             tensors[f"queues.{number}"] = order.where(there, -1).contiguous()
         _fill(group, number, tensors, seen)
+    owns, kepts = [], []
     for layer in groups.places:
         group, index = groups[layer]
         slots = group.slots[index]
         assert slots is not None
         for name, own in slots.tensors().items():
             kept = tensors[f"{name}.{layer}"]
-            own[:, :, : kept.shape[2]].copy_(kept, non_blocking=True)
+            owns.append(own[:, :, : kept.shape[2]])
+            kepts.append(kept)
+    # One call for all: hundreds of copies would hold up whoever waits for the next decode step.
+    torch._foreach_copy_(owns, kepts, non_blocking=True)
     for group in groups.all:
         group.ledger.push()
 
 
 def _wider(tensor: Tensor, slots: int, value: int) -> Tensor:
+    if tensor.shape[-1] == slots:
+        return tensor
     return torch.nn.functional.pad(tensor, (0, slots - tensor.shape[-1]), value=value)
 
 
@@ -205,7 +211,8 @@ def _fill(group: Group, number: int, tensors: dict[str, Tensor], seen: list[int]
     ledger.host.positions.copy_(tensors.pop(f"positions.{number}"))
     for kind, own in zip(SCORES, ledger.host.attention() or (), strict=False):
         scores = _take(tensors, f"{kind}.{number}", shape, torch.float32)
-        if not bool((scores.isfinite() & (scores >= 0)).all()):
+        least, most = scores.aminmax()  # NaN comes through
+        if not 0 <= least <= most < torch.inf:
             raise CacheError(f"{kind}.{number} has scores that are NaN, infinite or negative")
         own.copy_(scores)
     ledger.core.restore(_take(tensors, f"queues.{number}", shape, torch.int32).contiguous(), seen)

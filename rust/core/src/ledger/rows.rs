@@ -136,11 +136,12 @@ impl Ledger {
             Place { layer, row, kv_head: i % kv_heads }
         };
         let mut lens = vec![None; rows.len()];
+        let mut stored = vec![0; counts.iter().max().map_or(0, |most| most.div_ceil(64))];
         for (i, queue) in queues.data().chunks_exact(slots).enumerate() {
             let (place, row) = (head_of(i), i / kv_heads % rows.len());
-            let stored = &positions[self.shape.of(self.shape.head(place))];
+            let positions = &positions[self.shape.of(self.shape.head(place))];
             let refuse = |why: String| -> Result<()> { fail!(Cache, "{}: {why}", at(place)) };
-            match check_head(queue, stored, counts[row]) {
+            match check_head(queue, positions, counts[row], &mut stored) {
                 Err(why) => refuse(why)?,
                 Ok(n) if *lens[row].get_or_insert(n) != n => {
                     refuse(format!("{n} slots are queued, other heads of the row have {}", lens[row].unwrap_or(n)))?;
@@ -183,8 +184,9 @@ impl Ledger {
     }
 }
 
-/// Check one saved queue against its positions and return its length.
-fn check_head(queue: &[i32], positions: &[i32], seen: usize) -> std::result::Result<usize, String> {
+/// Check one saved queue against its positions and return its length. `stored`: a bit for each token seen, none set, nor
+/// when this returns a length.
+fn check_head(queue: &[i32], positions: &[i32], seen: usize, stored: &mut [u64]) -> std::result::Result<usize, String> {
     let slots = queue.len();
     let len = queue.iter().position(|&s| s < 0).unwrap_or(slots);
     if let Some(entry) = queue[len..].iter().find(|&&s| s != -1) {
@@ -199,21 +201,27 @@ fn check_head(queue: &[i32], positions: &[i32], seen: usize) -> std::result::Res
             None => return Err(format!("slot {slot} is queued, there are {slots}")),
         }
     }
-    let mut stored: Vec<i32> = Vec::with_capacity(slots);
+    let mut count = 0;
     for (slot, &position) in positions.iter().enumerate() {
         match position {
             -1 if queued[slot] => {}
             -1 => return Err(format!("the empty slot {slot} is not queued")),
-            p if p >= 0 && (p as usize) < seen => stored.push(p),
+            p if p >= 0 && (p as usize) < seen => {
+                let (word, bit) = (p as usize / 64, 1 << (p % 64));
+                if stored[word] & bit != 0 {
+                    return Err(format!("position {p} is stored twice"));
+                }
+                stored[word] |= bit;
+                count += 1;
+            }
             p => return Err(format!("slot {slot} holds position {p}, {seen} tokens were seen")),
         }
     }
-    stored.sort_unstable();
-    if let Some(&[twice, _]) = stored.windows(2).find(|pair| pair[0] == pair[1]) {
-        return Err(format!("position {twice} is stored twice"));
+    for &position in positions.iter().filter(|&&position| position >= 0) {
+        stored[position as usize / 64] = 0;
     }
-    if stored.len() != held {
-        return Err(format!("{} tokens are stored where {held} are due", stored.len()));
+    if count != held {
+        return Err(format!("{count} tokens are stored where {held} are due"));
     }
     if !queue[..len].iter().take(slots - held).copied().eq(held as i32..slots as i32) {
         return Err(format!("the queue does not begin with the empty slots from {held} on"));
