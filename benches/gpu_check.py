@@ -161,7 +161,7 @@ def checks() -> Iterator[tuple[str, Callable[[], bool]]]:
     yield "the same after 700 tokens in one call, peaks within 100", reach
 
     def beams() -> bool:
-        """Which of two beams with nearly one score comes first is another near tie: their rows' tokens change places."""
+        """Two beams with all but the same score may change places, and their rows with them."""
         options = {"budget": 60, "new": 40, "beams": 3}
         return alike(run(full, "liquid_fusion", **options), run(cpu, "liquid_fusion", **options), share=0.9)
 

@@ -104,7 +104,7 @@ def token_bytes(path: str, dtype: str) -> int:
     return int(2 * config.num_hidden_layers * heads * width * item)
 
 
-def row(job: Job, document: Mapping[str, Any], command: str) -> Row:
+def row(job: Job, document: Mapping[str, Any], command: str, jobs: int = 1) -> Row:
     """What the page needs of a result document."""
     metadata, figures = document["metadata"], document["metrics"]
     main = TASKS[job.cell.task].main
@@ -133,6 +133,7 @@ def row(job: Job, document: Mapping[str, Any], command: str) -> Row:
         },
         "created": metadata["created"],
         "command": command,
+        "jobs": jobs,
     }
 
 
@@ -158,7 +159,7 @@ def measure(todo: Sequence[Job], args: argparse.Namespace, kept: list[Row]) -> l
                 failed.append(f"{label}: {outcome.error}")
                 print(f"{number}/{len(cells)} FAILED {failed[-1]}", flush=True)
             else:
-                kept.append(row(job, outcome.document, command))
+                kept.append(row(job, outcome.document, command, args.jobs))
                 file.write(json.dumps(kept[-1]) + "\n")
                 file.flush()
                 print(f"{number}/{len(cells)} {label}: {kept[-1]['value']:.1f}", flush=True)
@@ -310,8 +311,14 @@ def _table(model: str, length: int | None, group: Sequence[Row]) -> str:
 def _how(rows: Sequence[Row], config: Mapping[str, Any]) -> str:
     lines = ["## How it was measured", ""]
     for task, suite in config["suites"].items():
+        if all(row["task"] != task for row in rows):
+            lines.append(f"- `{task}` has not been measured yet.")
+            continue
         options = ", ".join(f"{name} {value}" for name, value in suite.get("options", {}).items()) or "as by default"
         lines.append(f"- `{task}`: {options}.")
+    most = max((row["jobs"] for row in rows), default=1)
+    if most > 1:
+        lines.append(f"- Up to {most} processes shared a card: seconds and tokens/s compare methods, roughly.")
     for card in dict.fromkeys((row["card"], row["dtype"]) for row in rows):
         versions: dict[str, set[str]] = {}
         for row in (row for row in rows if (row["card"], row["dtype"]) == card):

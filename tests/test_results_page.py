@@ -41,7 +41,8 @@ def row(method: str, value: float, size: str = "12.5 %", **more: Any) -> dict[st
         "cell": f"{method} {size}", "model": "m", "task": "ruler", "length": 1024, "method": method, "size": size,
         "n": 8, "value": value, "low": value - 3, "high": value + 3, "subtasks": {"vt": value, "fwe": 40.0},
         "cache_bytes": 2**20, "share": 0.125, "seconds_per_question": 0.5, "passes": 1.0, "question": "unseen",
-        "card": "a card", "dtype": "bfloat16", "versions": {"torch": "2"}, "created": "now", "command": "c", **more,
+        "card": "a card", "dtype": "bfloat16", "versions": {"torch": "2"}, "created": "now", "command": "c",
+        "jobs": 1, **more,
     }  # fmt: skip
 
 
