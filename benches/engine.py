@@ -6,9 +6,9 @@
 
 `load` imitates a steady state: requests go on from contexts spread evenly over 1 k to 9 k tokens, which were read once
 and are copied into a row, and get 512 new tokens each; the roofline beside it is that of an exact 16-bit engine for the
-same requests, its memory full: weights and all contexts over the card's bandwidth, prompts for nothing. `prompts` is
-the same load with every context read, as if nobody had been there before: reading takes most of the time then, in any
-engine. Both wait for the engine to settle before they count.
+same requests, as `liquidfusion-bench speed` reckons it: all memory full of weights and contexts, both read once at the
+card's bandwidth, prompts for nothing. `prompts` is the same load with every context read, as if nobody had been there
+before: reading takes most of the time then, in any engine. Both wait for the engine to settle before they count.
 """
 
 from __future__ import annotations
@@ -25,13 +25,10 @@ from typing import Any
 import torch
 
 import liquidfusion as lf
-from liquidfusion.bench.jobs import shapes
+from liquidfusion.bench.jobs import planning, shapes
 from liquidfusion.run.sampling import Sampler, Sampling
 
 PARTS = ("static", "sampling", "load", "prompts", "single", "beside", "turns", "transformers")
-BANDWIDTH = 3.35e12
-"""Of an H100 SXM, bytes a second."""
-MEMORY = 80e9
 
 
 class Bench:
@@ -189,13 +186,8 @@ class Bench:
         return tokens
 
     def roofline(self) -> float:
-        config = self.model.config
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        per_token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * width
-        weights = 2 * sum(p.numel() for p in self.model.parameters())
-        each = per_token * (statistics.mean(self.contexts) + self.args.new / 2)
-        fitting = min(self.args.rows, int((MEMORY - weights) / each))
-        return max(fitting, 1) / ((weights + fitting * each) / BANDWIDTH)
+        contexts = [context + self.args.new // 2 for context in self.contexts]
+        return planning.roofline(self.model, contexts, planning.at_best(self.device), self.args.rows)[1]
 
     def quantiles(self, name: str, seconds: list[float]) -> None:
         ordered = sorted(seconds) or [float("nan")]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import liquidfusion as lf
 from benchmodel import directory, loaded
@@ -140,3 +141,53 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "h100" in capsys.readouterr().err
     assert main(["plan", "-m", str(directory()), "--memory", "-1"]) == 2
     assert capsys.readouterr().err == "error: memory -1 GB is not above 0\n"
+
+
+def test_a_step_reads_the_experts_that_its_tokens_reach() -> None:
+    config = AutoConfig.for_model(
+        "mixtral",
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=96,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    weights = planning.Weights.of(model)
+    experts = 4 * 2 * 8 * 3 * 32 * 48
+    dense = sum(p.nbytes for p in model.parameters()) - 4 * 96 * 32 - experts
+    assert weights.read(1) == pytest.approx(dense + experts / 4)
+    assert weights.read(2) == pytest.approx(dense + experts * (1 / 4 + 3 / 4 / 4))
+    assert weights.read(1000) == pytest.approx(dense + experts)
+
+
+def test_the_roofline_is_what_memory_and_bandwidth_allow() -> None:
+    model = loaded().model
+    weights = sum(p.nbytes for p in model.parameters())
+    read, row = weights - model.get_input_embeddings().weight.nbytes, 2 * 2 * 150 * 2 * 8 * 4
+    device = Device(weights + 3.5 * row, 1e9)
+    assert planning.roofline(model, [100, 200], device) == (3, pytest.approx(3e9 / (read + 3 * row)))
+    assert planning.roofline(model, [100, 200], device, most=2) == (2, pytest.approx(2e9 / (read + 2 * row)))
+    assert planning.roofline(model, [2000], device) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("card", "rate", "bandwidth"),
+    [
+        ("NVIDIA H100 80GB HBM3", 2.95, 3.35),
+        ("NVIDIA H100 PCIe", 1.75, 1.75),
+        ("NVIDIA H100 NVL", 3.5, 3.5),
+        ("NVIDIA H200", 4.1, 4.8),
+        ("NVIDIA L4", 0.26, 0.3),
+        ("NVIDIA L40S", 0.75, 0.864),
+        ("NVIDIA GeForce RTX 4090", 0.92, 1.008),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 0.5, 0.5),
+        ("AMD Instinct MI300X", 4.3, 4.3),
+    ],
+)
+def test_the_bandwidth_of_a_card_is_its_data_sheet_s(card: str, rate: float, bandwidth: float) -> None:
+    assert planning.published(card, rate * 1e12) == bandwidth * 1e12

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmodel import directory, loaded
-from liquidfusion.bench import decoding, texts
+from liquidfusion.bench import decoding, machine, texts
 
 BENCHES = Path(__file__).parent.parent / "benches"
 
@@ -232,11 +232,13 @@ def test_engine_measures_what_it_says(
 
 def test_the_roofline_of_an_exact_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = script(monkeypatch, "engine")
+    monkeypatch.setattr(machine, "copy_rate", lambda _: 3e12)
     bench = engine.Bench(engine.arguments(["--tiny"]))
-    config, weights = bench.model.config, 2 * sum(p.numel() for p in bench.model.parameters())
+    config, embedding = bench.model.config, bench.model.get_input_embeddings().weight.nbytes
+    read = sum(p.nbytes for p in bench.model.parameters()) - embedding
     context = sum(bench.contexts) / 8 + 8
-    each = context * 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * 32
-    assert bench.roofline() == pytest.approx(4 / ((weights + 4 * each) / 3.35e12))
+    each = context * 2 * bench.model.dtype.itemsize * config.num_hidden_layers * config.num_key_value_heads * 32
+    assert bench.roofline() == pytest.approx(4 / ((read + 4 * each) / 3e12))
 
 
 def test_engine_check_counts_what_agrees(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,13 @@
 """``plan``: what fits into a device and how fast it can be, from a model's configuration alone."""
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from liquidfusion import _core
 from liquidfusion.bench import decoding, machine
@@ -63,6 +65,48 @@ THIS = "this"
 
 _GRAPH, _COMPILED = 0.58, 0.70
 """Shares of the data sheet's bandwidth that whole decode steps reached on an H100; see docs/performance.md."""
+
+_COPIED = 0.75
+"""The least share of a data sheet's bandwidth that a copy reaches on the card it is about."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Bytes of a model's weights.
+
+    Attributes
+    ----------
+    total
+        All of them.
+    looked_up
+        Of them the embedding, where it is not the output layer as well: a step reads only a few rows of it.
+    experts
+        Of them the experts, of which a token is sent to some.
+    share
+        The share of its experts that one token is sent to; 1 where there are none.
+    """
+
+    total: int
+    looked_up: int = 0
+    experts: int = 0
+    share: float = 1.0
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Self:
+        """Count a model's weights, which may be on the meta device."""
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        tied = head is not None and head.weight is embedding.weight
+        experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
+        config, share = model.config.get_text_config(decoder=True), 1.0
+        for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+            if experts and getattr(config, name, None):
+                share = min(1.0, config.num_experts_per_tok / getattr(config, name))
+        total = sum(parameter.nbytes for parameter in model.parameters())
+        return cls(total, 0 if tied else int(embedding.weight.nbytes), experts, share)
+
+    def read(self, rows: int) -> float:
+        """Return the bytes that a decode step of so many rows reads, each sent to experts as if drawn evenly."""
+        return self.total - self.looked_up - self.experts * (1 - self.share) ** rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,25 +263,25 @@ def plan(
         notice(f"a context of {context:,} tokens is longer than the model's positions: it was made for {known:,}")
     spec = cache.spec(context)
     element = dtype.itemsize
-    geometry, weights, read = _model(config, element)
+    geometry, weights = _model(config, dtype)
     full_row = full_row_bytes(geometry, context, element)
     bounded_row = bounded_row_bytes(geometry, spec, Bits.of(cache.bits), context, element)
-    room = device.memory * (1 - reserve) - weights
+    room = device.memory * (1 - reserve) - weights.total
     full_most, bounded_most = (max(0, int(room // row)) for row in (full_row, bounded_row))
     group = config.get_text_config(decoder=True).num_attention_heads // max(layer.kv_heads for layer in geometry.layers)
     copies = 1 if group == 1 else 1 + 2 * group
     reached = _COMPILED if cache.how.get("compile") else _GRAPH
 
     def full_step(rows: int) -> float | None:
-        seconds = (read / _GRAPH + rows * full_row * copies / _COMPILED) / device.bandwidth
+        seconds = (weights.read(rows) / _GRAPH + rows * full_row * copies / _COMPILED) / device.bandwidth
         return seconds if device.cuda else None
 
     def bounded_step(rows: int) -> float | None:
-        return (read + rows * bounded_row) / reached / device.bandwidth if device.cuda else None
+        return (weights.read(rows) + rows * bounded_row) / reached / device.bandwidth if device.cuda else None
 
     full, bounded = full_step(batch), bounded_step(batch)
     return Plan(
-        weight_bytes=weights,
+        weight_bytes=weights.total,
         full_cache_bytes=batch * full_row,
         bounded_cache_bytes=batch * bounded_row,
         budget=spec.budget,
@@ -247,8 +291,8 @@ def plan(
         bounded_largest_batch=bounded_most,
         largest_budget=largest_budget(geometry, cache, room / batch, element),
         model_positions=known,
-        full_least_seconds=(read + batch * full_row) / device.bandwidth,
-        bounded_least_seconds=(read + batch * bounded_row) / device.bandwidth,
+        full_least_seconds=(weights.read(batch) + batch * full_row) / device.bandwidth,
+        bounded_least_seconds=(weights.read(batch) + batch * bounded_row) / device.bandwidth,
         full_step_seconds=full,
         bounded_step_seconds=bounded,
         speedup=_ratio(full, bounded),
@@ -261,18 +305,11 @@ def _ratio(one: float | None, other: float | None) -> float | None:
     return None if one is None or other is None else one / other
 
 
-def _model(config: PreTrainedConfig, element: int) -> tuple[Geometry, int, int]:
-    """Return a model's geometry, the bytes of all weights, and of those that every step reads.
-
-    Of the embedding a step reads only a few rows, unless it is the output layer as well.
-    """
+def _model(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[Geometry, Weights]:
+    """Return a model's geometry and the bytes of its weights."""
     with torch.device("meta"), silence():
-        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    total = sum(parameter.numel() for parameter in model.parameters())
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    tied = head is not None and head.weight is embedding
-    read = total if tied else total - embedding.numel()
-    return Geometry.of(model), total * element, read * element
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    return Geometry.of(model), Weights.of(model)
 
 
 def find_device(name: str) -> Device:
@@ -284,7 +321,7 @@ def find_device(name: str) -> Device:
         It is not in the list.
     """
     if name == THIS:
-        return _this()
+        return this(resolve_device("auto"))
     if name not in DEVICES:
         raise ConfigError(
             f"device {name!r} is unknown; accepted: {THIS}, {', '.join(DEVICES)}, or give --memory and --bandwidth"
@@ -292,8 +329,51 @@ def find_device(name: str) -> Device:
     return DEVICES[name]
 
 
-def _this() -> Device:
-    place = resolve_device("auto")
+def this(place: torch.device, rate: float | None = None) -> Device:
+    """Return the device at hand: all its memory, and the rate of a copy, measured unless it is given."""
     cuda = place.type == "cuda"
     memory = torch.cuda.get_device_properties(place).total_memory if cuda else psutil.virtual_memory().total
-    return Device(float(memory), machine.copy_rate(place), cuda=cuda)
+    return Device(float(memory), machine.copy_rate(place) if rate is None else rate, cuda=cuda)
+
+
+def at_best(place: torch.device, rate: float | None = None) -> Device:
+    """Return the device at hand with the bandwidth that bounds everything on it: its data sheet's where it is known."""
+    device = this(place, rate)
+    if not device.cuda:
+        return device
+    return replace(device, bandwidth=published(torch.cuda.get_device_name(place), device.bandwidth))
+
+
+def published(card: str, rate: float) -> float:
+    """Return a card's bandwidth by its data sheet, or a copy's `rate` where :data:`DEVICES` does not have the card.
+
+    Cards of one name differ (for laptops, with other memory): one whose copy is far from a data sheet is not that card.
+    """
+    name = card.lower().replace(" ", "")
+    known = [device.bandwidth for key, device in DEVICES.items() if device.cuda and key in name]
+    return max([rate, *(bandwidth for bandwidth in known if _COPIED <= rate / bandwidth <= 1)])
+
+
+def roofline(
+    model: PreTrainedModel, contexts: Sequence[int], device: Device, most: int | None = None
+) -> tuple[int, float]:
+    """Return the rows of an exact cache that fit beside the weights, and their tokens a second at full bandwidth.
+
+    No engine that keeps every token in the model's dtype exceeds them: all memory is weights and cache, a step takes no
+    longer than reading both once, and prompts are for nothing.
+
+    Parameters
+    ----------
+    contexts
+        Tokens that rows hold, as many rows of each.
+    device
+        See :func:`at_best`.
+    most
+        Rows that there are.
+    """
+    geometry, weights = Geometry.of(model), Weights.of(model)
+    element = getattr(torch, geometry.dtype).itemsize
+    row = statistics.mean(full_row_bytes(geometry, context, element) for context in contexts)
+    fitting = max(0, int((device.memory - weights.total) // row))
+    rows = fitting if most is None else min(fitting, most)
+    return rows, rows * device.bandwidth / (weights.read(rows) + rows * row)
