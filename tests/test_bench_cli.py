@@ -254,6 +254,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         (["--contexts", "1,a"], "contexts"),
         (["--contexts", "0"], "at least 1"),
         (["--contexts", ""], "contexts"),
+        (["--bits", "3"], "bits='3'; None, 16, 8, 4 or a pair"),
     ],
 )
 def test_speed_errors(arguments: Sequence[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

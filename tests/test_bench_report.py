@@ -151,20 +151,36 @@ def test_every_series_differs_by_more_than_colour() -> None:
     assert len(set(charts._DASHES)) == len(set(charts._MARKERS)) == 9
 
 
-def test_speed_against_context_and_rows() -> None:
-    figures = {
-        "floor B=1, ms": 5.2,
-        "ours, graph, ms": 7.9,
-        "ours, compile, ms": 6.5,
-        "copy rate, TB/s": 3.0,
-        "DynamicCache 2048, ms": 60.0,
-        "DynamicCache 131072, ms": 70.0,
-        "StaticCache+compile 131072, ms": 75.0,
-        "B=64, graph, tokens/s": 4000.0,
-        "B=128, graph, tokens/s": 6000.0,
-        "B=64, compile, tokens/s": 4100.0,
-        "StaticCache B=3 at 131072, tokens/s": 15.0,
-    }
+OLDER = {
+    "floor B=1, ms": 5.2,
+    "ours, graph, ms": 7.9,
+    "ours, compile, ms": 6.5,
+    "copy rate, TB/s": 3.0,
+    "DynamicCache 2048, ms": 60.0,
+    "DynamicCache 131072, ms": 70.0,
+    "StaticCache+compile 131072, ms": 75.0,
+    "B=64, graph, tokens/s": 4000.0,
+    "B=128, graph, tokens/s": 6000.0,
+    "B=64, compile, tokens/s": 4100.0,
+    "StaticCache B=3 at 131072, tokens/s": 15.0,
+}
+NEWER = {
+    "floor of a step with one row, weights and slots read once at a copy's rate, ms": 5.2,
+    "a step of KVCache with one row, replayed from a CUDA graph, ms": 7.9,
+    "a step of KVCache with one row, compiled and replayed from a CUDA graph, ms": 6.5,
+    "a copy's reads and writes, TB/s": 3.0,
+    "a step of DynamicCache with one row at 2048 tokens, ms": 60.0,
+    "a step of DynamicCache with one row at 131072 tokens, ms": 70.0,
+    "a step of StaticCache with one row at 131072 tokens, compiled, ms": 75.0,
+    "throughput of KVCache with 64 rows, replayed from a CUDA graph, tokens/s": 4000.0,
+    "throughput of KVCache with 128 rows, replayed from a CUDA graph, tokens/s": 6000.0,
+    "throughput of KVCache with 64 rows, compiled and replayed from a CUDA graph, tokens/s": 4100.0,
+    "throughput of StaticCache with 3 rows at 131072 tokens, tokens/s": 15.0,
+}
+
+
+@pytest.mark.parametrize("figures", [OLDER, NEWER])
+def test_speed_against_context_and_rows(figures: dict[str, float]) -> None:
     metadata = {"model_name": "m", "budget": 2048, "contexts": [131072, 2048], "dtype": "bfloat16"}
     section = curves.speed({"metadata": metadata, "figures": figures, "failures": {"memory": "too little"}})
     decode, throughput = section.charts.values()
@@ -183,8 +199,30 @@ def test_speed_against_context_and_rows() -> None:
         "KVCache, graph": [(64, 4000), (128, 6000)],
         "StaticCache at 128Ki": [(3, 15)],
     }
+    assert [line[0] for line in section.body[:2]] == list(NEWER)[:2]
     assert len(section.body) == len(figures) + 1
     assert section.body[-1] == ["memory", "failed: too little"]
+
+
+def test_speed_with_codes_and_without_a_graph() -> None:
+    figures = {
+        "a step of KVCache(bits=(8, 4)) with one row, ms": 50.0,
+        "throughput of KVCache(bits=(8, 4)) with one row, tokens/s": 20.0,
+        "throughput of KVCache(bits=(8, 4)) with 64 rows, tokens/s": 200.0,
+        "roofline of any exact engine at 2048 tokens, 16 rows in memory, tokens/s": 90.0,
+        "roofline of any exact engine at 131072 tokens, 0 rows in memory, tokens/s": 0.0,
+        "one row of KVCache(bits=(8, 4)), bytes": 12345,
+    }
+    metadata = {"model_name": "m", "budget": 16, "bits": [8, 4], "contexts": [2048], "dtype": "float32"}
+    section = curves.speed({"metadata": metadata, "figures": figures, "failures": {}})
+    assert "budget 16 at 8 and 4 bits" in section.subject
+    assert section.body[-1][1] == "12,345"
+    decode, throughput = (
+        {line.name: [(point.x, point.y) for point in line.points] for line in chart.series}
+        for chart in section.charts.values()
+    )
+    assert decode == {"KVCache": [(2048, 50)]}
+    assert throughput == {"KVCache": [(1, 20), (64, 200)], "roofline of any exact engine at 2Ki": [(16, 90)]}
 
 
 def made(strategy: str = "h2o", value: float = 5.0, *, held: int = 100, seconds: float = 1.0, **facts: Any) -> rows.Row:

@@ -14,13 +14,29 @@ class Lengths:
     """What is measured."""
 
     budget: Annotated[int, typer.Option(min=8, help="Slots of the bounded cache.")] = 2048
+    bits: Annotated[
+        str | None,
+        typer.Option(
+            help="Of each number of the bounded cache's keys and values: 16, 8, 4, or of both: 4,2.",
+            show_default="the model's own",
+        ),
+    ] = None
     contexts: Annotated[str, typer.Option(help="Context lengths of the full caches, with commas.")] = "32768,131072"
     prefill: Annotated[str, typer.Option(help="Prompt lengths, with commas.")] = "32768"
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once, where there are several.")] = 64
     chunk: Annotated[int, typer.Option(min=2, help="Tokens of a prompt fed in one call.")] = 4096
     steps: Annotated[int, typer.Option(min=1, help="Decode steps timed together.")] = 100
-    parts: Annotated[str | None, typer.Option(help="What to measure, with commas.", show_default="everything")] = None
-    static: Annotated[bool, typer.Option(help="Also StaticCache with torch.compile, which takes minutes.")] = True
+    parts: Annotated[
+        str | None,
+        typer.Option(
+            help="What to measure, with commas: decode, compile, generate, batch, prefill, memory, bookkeeping (what "
+            "eviction costs), compiled_batch.",
+            show_default="all but the last two, a few minutes on a GPU",
+        ),
+    ] = None
+    static: Annotated[
+        bool, typer.Option(help="With decode: also StaticCache with torch.compile, which takes minutes a context.")
+    ] = False
 
 
 @takes_options()
@@ -35,7 +51,10 @@ def speed(
     device: Device = Device(),  # noqa: B008 - frozen
     output: Output = Output(),  # noqa: B008 - frozen
 ) -> None:
-    """Time decode and prefill beside transformers' own caches, on one model in one run."""
+    """Time decode and prefill beside transformers' own caches, on one model in one run.
+
+    Beside the throughputs stands the roofline of any engine with an exact cache: rows that fit, read once, full speed.
+    """
     from dataclasses import asdict
 
     from liquidfusion import files
@@ -43,13 +62,16 @@ def speed(
     from liquidfusion.bench.jobs import shapes
     from liquidfusion.bench.jobs import speed as job
     from liquidfusion.bench.terminal.output import table
+    from liquidfusion.precision import Bits
 
-    chosen = tuple(inputs.words(lengths.parts)) or job.PARTS
+    chosen = tuple(inputs.words(lengths.parts)) or job.USUAL
     for part in chosen:
         if part not in job.PARTS:
             raise ConfigError(f"--parts {part!r} is unknown; accepted: {', '.join(job.PARTS)}")
+    bits = Bits.of(lengths.bits)
     plan = job.Plan(
         budget=lengths.budget,
+        bits=None if bits is None else bits.given,
         contexts=_numbers("contexts", lengths.contexts),
         prefill=_numbers("prefill", lengths.prefill),
         batch=lengths.batch,

@@ -1,24 +1,36 @@
-"""How fast: decode and prefill beside what transformers does, on the same model in the same run."""
+"""How fast: decode and prefill beside what transformers does, on the same model in the same run.
+
+Every figure is named by a sentence that ends in its unit; :mod:`liquidfusion.bench.report.curves` reads them.
+"""
 
 from __future__ import annotations
 
 import gc
+import re
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
-from liquidfusion import KVCache, cache_keyword, uninstall
+from liquidfusion import KVCache, Strategy, cache_keyword, uninstall
 from liquidfusion.bench import machine
+from liquidfusion.bench.jobs import planning
+from liquidfusion.bench.models import first_line
+from liquidfusion.geometry import Geometry
+from liquidfusion.hf.engine import row_nbytes
 
-PARTS = ("decode", "compile", "generate", "bookkeeping", "batch", "prefill", "memory")
+PARTS = ("decode", "compile", "generate", "batch", "prefill", "memory", "bookkeeping", "compiled_batch")
+USUAL = PARTS[:6]
+"""What is measured unless something else is asked for: minutes on a GPU."""
 
 
 @dataclass
@@ -26,13 +38,14 @@ class Plan:
     """What to measure; lengths in tokens."""
 
     budget: int = 2048
+    bits: int | tuple[int, int] | None = None
     contexts: tuple[int, ...] = (32768, 131072)
     prefill: tuple[int, ...] = (32768,)
     batch: int = 64
     chunk: int = 4096
     steps: int = 100
-    parts: tuple[str, ...] = PARTS
-    static: bool = True
+    parts: tuple[str, ...] = USUAL
+    static: bool = False
     """Also measure StaticCache with torch.compile, whose compilation takes minutes."""
 
 
@@ -43,20 +56,23 @@ class Results:
     figures: dict[str, float] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     report: Callable[[str], None] = print
+    began: float = field(default_factory=time.perf_counter)
 
     def add(self, name: str, value: float) -> None:
         """Keep a figure and show it."""
         self.figures[name] = value
-        self.report(f"{name}: {shown(value)}")
+        self.report(f"        {name}: {shown(value)}")
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Run a part; one that fails is recorded, and the rest goes on."""
+        """Say what is measured from now on; what fails, as a cache that does not fit, is recorded: the rest goes on."""
+        self.report(f"{time.perf_counter() - self.began:5.0f} s {name}")
         try:
             yield
-        except (RuntimeError, ValueError) as error:
-            self.failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
-            self.report(f"{name} failed: {self.failures[name]}")
+        except Exception as error:
+            self.failures[name] = f"{type(error).__name__}: {first_line(error)[:300]}"
+            traceback.clear_frames(error.__traceback__)  # they hold what did not fit
+            self.report(f"        failed: {self.failures[name]}")
         finally:
             gc.collect()
             if torch.cuda.is_available():
@@ -68,10 +84,23 @@ def shown(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
 
 
+def rows_of(count: int) -> str:
+    """Write a number of rows."""
+    return "one row" if count == 1 else f"{count} rows"
+
+
 def repeat(step: Callable[[int], Any], indices: range) -> None:
     """Call `step` with each index."""
     for i in indices:
         step(i)
+
+
+def fewer(most: int) -> Iterator[int]:
+    """Yield numbers of rows to try, from the most down to one, a tenth less each time."""
+    count = max(1, most)
+    while count > 0:
+        yield count
+        count -= max(1, count // 10)
 
 
 class Bench:
@@ -80,11 +109,10 @@ class Bench:
     def __init__(self, model: PreTrainedModel, plan: Plan, results: Results) -> None:
         self.model, self.plan, self.results = model, plan, results
         self.device, self.config = model.device, model.config.get_text_config(decoder=True)
-        self.key = cache_keyword(model)
-        self.kv_heads = self.config.num_key_value_heads
-        self.head_dim = getattr(self.config, "head_dim", None) or (
-            self.config.hidden_size // self.config.num_attention_heads
-        )
+        self.key, self.geometry = cache_keyword(model), Geometry.of(model)
+        self.weights = planning.Weights.of(model)
+        self.element = getattr(torch, self.geometry.dtype).itemsize
+        self.ours = "KVCache" if plan.bits is None else f"KVCache(bits={plan.bits})"
 
     def run(self) -> None:
         """Measure every part of the plan."""
@@ -92,19 +120,26 @@ class Bench:
             for part in self.plan.parts:
                 getattr(self, part)()
 
-    def sync(self) -> None:
-        """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    @cached_property
+    def rate(self) -> float:
+        """Bytes a second that a copy reads and writes, measured once."""
+        rate = machine.copy_rate(self.device)
+        self.results.add("a copy's reads and writes, TB/s", rate / 1e12)
+        return rate
+
+    @cached_property
+    def row(self) -> int:
+        """Bytes of a row of our cache, by the formula."""
+        return row_nbytes(self.model, "liquid_fusion", self.plan.budget, self.plan.bits)
 
     def seconds(self, work: Callable[[], Any], repeats: int = 1) -> float:
         """Median wall time of a piece of work."""
         times = []
         for _ in range(repeats):
-            self.sync()
+            machine.synchronize(self.device)
             began = time.perf_counter()
             work()
-            self.sync()
+            machine.synchronize(self.device)
             times.append(time.perf_counter() - began)
         return statistics.median(times)
 
@@ -112,136 +147,117 @@ class Bench:
         """Random token ids `[batch, count]`."""
         return torch.randint(1, self.config.vocab_size, (batch, count), device=self.device)
 
-    def cache(self, batch: int, context: int, **options: Any) -> KVCache:
-        """A bounded cache that has seen `context` tokens."""
-        cache = KVCache(self.model, budget=self.plan.budget, **options)
-        for start in range(0, context, self.plan.chunk):
-            size = min(self.plan.chunk, context - start)
+    def cache(self, batch: int, context: int, *, chunk: int = 0, **options: Any) -> KVCache:
+        """A bounded cache that has seen `context` tokens, in calls of `chunk` (default: the plan's)."""
+        cache = self.empty(**options)
+        chunk = chunk or self.plan.chunk
+        for start in range(0, context, chunk):
+            size = min(chunk, context - start)
             self.model(self.tokens(batch, size), **{self.key: cache}, logits_to_keep=1)
         return cache
 
-    def step_time(self, step: Callable[[Tensor, int], Any], batch: int, context: int) -> float:
+    def empty(self, **options: Any) -> KVCache:
+        """A bounded cache as the plan has it."""
+        return KVCache(self.model, budget=self.plan.budget, bits=self.plan.bits, **options)
+
+    def step_time(self, cache: KVCache, batch: int) -> float:
         """Seconds per decode step, after warming up."""
-        token, warm = self.tokens(batch, 1), 5
-        for i in range(warm):
-            step(token, context + i)
+        token = self.tokens(batch, 1)
 
-        def work() -> None:
-            for i in range(self.plan.steps):
-                step(token, context + warm + i)
+        def step(_: int) -> None:
+            self.model(token, **{self.key: cache}, logits_to_keep=1)
 
-        return self.seconds(work) / self.plan.steps
+        repeat(step, range(5))
+        return self.seconds(lambda: repeat(step, range(self.plan.steps))) / self.plan.steps
 
-    def our_step(self, cache: KVCache) -> Callable[[Tensor, int], Any]:
-        """A decode step with our cache."""
+    def how(self, cache: KVCache, *, compiled: bool = False) -> str:
+        """Say how a cache's steps ran.
 
-        def step(token: Tensor, position: int) -> Any:
-            del position
-            return self.model(token, **{self.key: cache}, logits_to_keep=1)
+        Raises
+        ------
+        RuntimeError
+            They were to be compiled, and nothing was: the model is not served by a graph.
+        """
+        replayed = cache._graph is not None and cache._graph.captured
+        if compiled and not replayed:
+            raise RuntimeError("no CUDA graph serves this model here, and nothing is compiled without one")
+        return ", compiled and replayed from a CUDA graph" if compiled else ", replayed from a CUDA graph" * replayed
 
-        return step
-
-    def floor(self, batch: int) -> float:
-        """Seconds that reading the weights and the slots takes at the measured copy rate."""
-        rate = machine.copy_rate(self.device)
-        # One row of the embedding is read, unless it is the output layer as well.
-        embedding = 0 if self.config.tie_word_embeddings else self.config.vocab_size * self.config.hidden_size
-        element = next(self.model.parameters()).element_size()
-        weights = sum(p.nbytes for p in self.model.parameters()) - embedding * element
-        slots = self.config.num_hidden_layers * batch * self.kv_heads * self.plan.budget
-        self.results.add("copy rate, TB/s", rate / 1e12)
-        return float((weights + slots * (2 * self.head_dim * element + 12)) / rate)
+    def floor(self, batch: int) -> None:
+        """The time that reading the weights and the slots takes at the measured copy rate."""
+        seconds = (self.weights.read(batch) + batch * self.row) / self.rate
+        name = f"floor of a step with {rows_of(batch)}, weights and slots read once at a copy's rate, ms"
+        self.results.add(name, 1e3 * seconds)
 
     def decode(self) -> None:
         """Step time at B = 1: ours after the shortest context, and what transformers offers at each."""
-        self.results.add("floor B=1, ms", 1e3 * self.floor(1))
-        with self.results.part("ours, graph"):
-            prompt = max(2 * self.plan.budget, min(self.plan.contexts))
-            cache = self.cache(1, prompt)
-            self.results.add("ours, graph, ms", 1e3 * self.step_time(self.our_step(cache), 1, prompt))
-            element = next(self.model.parameters()).element_size()
-            slots = self.config.num_hidden_layers * self.kv_heads * self.plan.budget
-            self.results.add("cache, bytes", cache.nbytes)
-            self.results.add("cache by the formula, bytes", slots * (2 * self.head_dim * element + 12))
+        with self.results.part(f"a step of {self.ours} with one row"):
+            self.floor(1)
+            self._own_step()
         for context in self.plan.contexts:
-            with self.results.part(f"DynamicCache {context}"):
-                dynamic = DynamicCache(config=self.config)
-                self._fill(dynamic, 1, context)
-                self.results.add(f"DynamicCache {context}, ms", 1e3 * self._hf_step(dynamic, 1, context, steps=20))
+            self._timed(f"a step of DynamicCache with one row at {context} tokens", self._dynamic_step, context)
             if self.plan.static:
-                with self.results.part(f"StaticCache+compile {context}"):
-                    self.results.add(f"StaticCache+compile {context}, ms", 1e3 * self._static_step(1, context))
+                name = f"a step of StaticCache with one row at {context} tokens, compiled"
+                self._timed(name, self._static_step, context)
 
     def compile(self) -> None:
         """Step time at B = 1 with torch.compile between the kernels."""
-        with self.results.part("ours, compile"):
-            cache = self.cache(1, 2 * self.plan.budget, compile=True)
-            began = time.perf_counter()
-            step = self.our_step(cache)
-            step(self.tokens(1, 1), 0)
-            self.results.add("compilation, s", time.perf_counter() - began)
-            self.results.add("ours, compile, ms", 1e3 * self.step_time(step, 1, 2 * self.plan.budget))
+        if self.device.type != "cuda":
+            return
+        with self.results.part(f"a step of {self.ours} with one row, compiled"):
+            self._compiled_step()
 
     def generate(self) -> None:
-        """Tokens per second of `model.generate` against the rate of the step."""
-        with self.results.part("generate"):
-            prompt = self.tokens(1, self.plan.chunk)
-            mask = torch.ones_like(prompt)
-            cache = KVCache(self.model, budget=self.plan.budget)
-
-            def run(count: int) -> None:
-                cache.reset()
-                self.model.generate(  # type: ignore[operator]
-                    prompt, attention_mask=mask, **{self.key: cache}, max_new_tokens=count, do_sample=False
-                )
-
-            run(4)
-            few, many = self.seconds(lambda: run(4)), self.seconds(lambda: run(4 + self.plan.steps))
-            self.results.add("generate, ms per token", 1e3 * (many - few) / self.plan.steps)
+        """Time of a token of `model.generate`, against that of the step."""
+        name = f"a token of model.generate with one row of {self.ours}"
+        with self.results.part(name):
+            self.results.add(f"{name}, ms", 1e3 * self._generated_token())
 
     def bookkeeping(self) -> None:
         """What eviction costs: the same steps with it and without."""
         for batch in (1, self.plan.batch):
             for interval in (None, 1):
-                with self.results.part(f"bookkeeping B={batch}, interval {interval}"):
+                every = "as usual" if interval is None else "every step"
+                with self.results.part(f"what eviction costs {rows_of(batch)} of {self.ours}, victims chosen {every}"):
                     self._eviction_cost(batch, interval)
 
     def _eviction_cost(self, batch: int, interval: int | None) -> None:
-        on, off = (self.cache(batch, self.plan.budget + 64, eviction_interval=interval) for _ in range(2))
+        parameters = {} if interval is None else {"eviction_interval": interval}
+        strategy = Strategy("liquid_fusion", **parameters)
+        on, off = (self.cache(batch, self.plan.budget + 64, strategy=strategy) for _ in range(2))
         off.evicting = False
-        ratios = [
-            self.step_time(self.our_step(on), batch, 0) / self.step_time(self.our_step(off), batch, 0) for _ in range(3)
-        ]
-        name = f"step with / without eviction, B={batch}, interval {on.spec.interval}"
+        ratios = [self.step_time(on, batch) / self.step_time(off, batch) for _ in range(3)]
+        every = "every step" if on.spec.interval == 1 else f"every {on.spec.interval} steps"
+        name = f"a step of {self.ours} with {rows_of(batch)}, victims chosen {every}, over one without eviction"
         self.results.add(name, statistics.median(ratios))
 
     def batch(self) -> None:
         """Throughput: ours at the plan's batch and the largest that fits, transformers' at the longest context."""
-        for name, options in (("graph", {}), ("compile", {"compile": True})):
-            if name == "compile" and "compile" not in self.plan.parts:
-                continue
-            with self.results.part(f"B={self.plan.batch}, {name}"):
-                self._throughput(self.plan.batch, name, **options)
-        self.results.add(f"floor B={self.plan.batch}, ms", 1e3 * self.floor(self.plan.batch))
+        with self.results.part("what no exact engine exceeds on this device"):
+            self._rooflines()
+        with self.results.part(f"throughput of {self.ours} with {rows_of(self.plan.batch)}"):
+            self.floor(self.plan.batch)
+            self._throughput(self.plan.batch)
         if self.device.type != "cuda":
             return
-        context = max(self.plan.contexts)
-        element = next(self.model.parameters()).element_size()
-        per_token = 2 * self.config.num_hidden_layers * self.kv_heads * self.head_dim * element
         free = torch.cuda.mem_get_info(self.device)[0]
-        for name, make in (
-            ("DynamicCache", lambda: DynamicCache(config=self.config)),
-            ("StaticCache", lambda: StaticCache(config=self.config, max_cache_len=context + 64)),
-        ):
-            for count in range(max(1, int(0.95 * free / per_token / context)), 0, -1):
-                figure = f"{name} B={count} at {context}, tokens/s"
-                with self.results.part(figure):
-                    self._their_throughput(figure, make(), count, context)
-                if figure in self.results.figures:
-                    break
-        ours = int(0.8 * free / per_token / self.plan.budget) // 16 * 16
-        with self.results.part(f"B={ours}, graph"):
-            self._throughput(ours, "graph")
+        most = int(0.8 * free / self.row)
+        self._largest(most // 16 * 16 or most, self.ours, "", self._throughput)
+        context = max(self.plan.contexts)
+        most = int(0.95 * free / planning.full_row_bytes(self.geometry, context, self.element))
+
+        makers: dict[str, Callable[[], Cache]] = {
+            "DynamicCache": lambda: DynamicCache(config=self.config),
+            "StaticCache": lambda: StaticCache(config=self.config, max_cache_len=context + 64),
+        }
+        for name, make in makers.items():
+            self._largest(most, name, f" at {context} tokens", partial(self._their_throughput, name, make, context))
+
+    def compiled_batch(self) -> None:
+        """Throughput of ours at the plan's batch with torch.compile between the kernels."""
+        if self.device.type == "cuda":
+            with self.results.part(f"throughput of {self.ours} with {rows_of(self.plan.batch)}, compiled"):
+                self._throughput(self.plan.batch, compiled=True)
 
     def prefill(self) -> None:
         """Whole-model prefill with scores against transformers' sdpa and eager attention."""
@@ -249,7 +265,7 @@ class Bench:
             prompt = self.tokens(1, length)
 
             def ours(prompt: Tensor = prompt) -> None:
-                self.model(prompt, **{self.key: KVCache(self.model, budget=self.plan.budget)}, logits_to_keep=1)
+                self.model(prompt, **{self.key: self.empty()}, logits_to_keep=1)
 
             def theirs(prompt: Tensor = prompt) -> None:
                 cache = DynamicCache(config=self.config)
@@ -257,22 +273,25 @@ class Bench:
 
             def eager(theirs: Callable[[], None] = theirs) -> None:
                 usual = self.config._attn_implementation
-                self.model.set_attn_implementation(
-                    "eager"
-                )  # the whole matrix of probabilities: long prompts do not fit
+                # the whole matrix of probabilities: long prompts do not fit
+                self.model.set_attn_implementation("eager")
                 try:
                     theirs()
                 finally:
                     self.model.set_attn_implementation(usual)
 
-            for name, work in (("ours", ours), ("sdpa", theirs), ("eager", eager)):
-                with self.results.part(f"prefill {length}, {name}"):
-                    work()
-                    self.results.add(f"prefill {length}, {name}, ms", 1e3 * self.seconds(work, 3))
-            if self.device.type == "cuda":
-                with self.results.part(f"prefill {length}, cuDNN"), sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            def cudnn(theirs: Callable[[], None] = theirs) -> None:
+                with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
                     theirs()
-                    self.results.add(f"prefill {length}, cuDNN, ms", 1e3 * self.seconds(theirs, 3))
+
+            works = {self.ours: ours, "DynamicCache with sdpa": theirs, "DynamicCache with eager attention": eager}
+            if self.device.type == "cuda":
+                works["DynamicCache with cuDNN's attention"] = cudnn
+            for cache, work in works.items():
+                name = f"a prompt of {length} tokens in one call, {cache}"
+                with self.results.part(name):
+                    work()
+                    self.results.add(f"{name}, ms", 1e3 * self.seconds(work, 3))
 
     def memory(self) -> None:
         """Peak memory of a long prompt in chunks, and of one chunk."""
@@ -280,38 +299,95 @@ class Bench:
             return
         context = max(self.plan.contexts)
         for length, chunk in ((context // 4, self.plan.chunk), (context, self.plan.chunk), (context, context)):
-            with self.results.part(f"memory of {length} in chunks of {chunk}"):
+            name = f"a prompt of {length} tokens in calls of {chunk}, {self.ours}"
+            with self.results.part(name):
                 torch.cuda.reset_peak_memory_stats(self.device)
-                cache = KVCache(self.model, budget=self.plan.budget)
-
-                def work(length: int = length, chunk: int = chunk, cache: KVCache = cache) -> None:
-                    for _ in range(0, length, chunk):
-                        self.model(self.tokens(1, chunk), **{self.key: cache}, logits_to_keep=1)
-
-                seconds = self.seconds(work)
-                name = f"{length} tokens in chunks of {chunk}"
+                seconds = self.seconds(partial(self.cache, 1, length, chunk=chunk))
                 self.results.add(f"{name}, peak GiB", torch.cuda.max_memory_allocated(self.device) / 2**30)
                 self.results.add(f"{name}, s", seconds)
 
-    def _throughput(self, batch: int, name: str, **options: Any) -> None:
-        cache = KVCache(self.model, budget=self.plan.budget, **options)
-        for _ in range(0, self.plan.budget + 64, 64):  # short chunks leave memory for more rows
-            self.model(self.tokens(batch, 64), **{self.key: cache}, logits_to_keep=1)
-        seconds = self.step_time(self.our_step(cache), batch, 0)
-        self.results.add(f"B={batch}, {name}, tokens/s", batch / seconds)
+    # Work whose caches are gone when it returns
 
-    def _their_throughput(self, figure: str, cache: Any, batch: int, context: int) -> None:
+    def _own_step(self) -> None:
+        cache = self.cache(1, max(2 * self.plan.budget, min(self.plan.contexts)))
+        seconds = self.step_time(cache, 1)
+        self.results.add(f"a step of {self.ours} with one row{self.how(cache)}, ms", 1e3 * seconds)
+        self.results.add(f"one row of {self.ours}, bytes", cache.nbytes)
+        self.results.add(f"one row of {self.ours} by the formula, bytes", self.row)
+
+    def _compiled_step(self) -> None:
+        cache = self.cache(1, 2 * self.plan.budget, compile=True)
+        first = self.seconds(lambda: self.model(self.tokens(1, 1), **{self.key: cache}, logits_to_keep=1))
+        seconds = self.step_time(cache, 1)
+        how = self.how(cache, compiled=True)
+        self.results.add(f"the first step of {self.ours} with one row, with its compilation, s", first)
+        self.results.add(f"a step of {self.ours} with one row{how}, ms", 1e3 * seconds)
+
+    def _generated_token(self) -> float:
+        prompt, cache = self.tokens(1, self.plan.chunk), self.empty()
+        mask = torch.ones_like(prompt)
+
+        def run(count: int) -> None:
+            cache.reset()
+            self.model.generate(  # type: ignore[operator]
+                prompt, attention_mask=mask, **{self.key: cache}, max_new_tokens=count, do_sample=False
+            )
+
+        run(4)
+        few, many = self.seconds(lambda: run(4)), self.seconds(lambda: run(4 + self.plan.steps))
+        return (many - few) / self.plan.steps
+
+    def _timed(self, name: str, work: Callable[[int], float], context: int) -> None:
+        """Record milliseconds under a name; what `work` allocated is gone before the next part."""
+        with self.results.part(name):
+            self.results.add(f"{name}, ms", 1e3 * work(context))
+
+    def _rooflines(self) -> None:
+        device = planning.at_best(self.device, self.rate)
+        self.results.add("bandwidth of the rooflines, TB/s", device.bandwidth / 1e12)
+        for context in self.plan.contexts:
+            rows, most = planning.roofline(self.model, [context], device)
+            name = f"roofline of any exact engine at {context} tokens, {rows_of(rows)} in memory, tokens/s"
+            self.results.add(name, most)
+
+    def _largest(self, most: int, cache: str, where: str, work: Callable[[int], None]) -> None:
+        """Measure a throughput with as many rows as fit: less of them as long as memory is what it fails for."""
+        for count in fewer(most):
+            name = f"throughput of {cache} with {rows_of(count)}{where}"
+            with self.results.part(name):
+                work(count)
+            failure = self.results.failures.get(name, "")
+            if not re.search("out ?of ?memory|alloc", failure, re.IGNORECASE):
+                return
+
+    def _throughput(self, batch: int, *, compiled: bool = False) -> None:
+        # Short chunks leave memory for more rows.
+        cache = self.cache(batch, self.plan.budget + 64, chunk=64, compile=compiled)
+        seconds = self.step_time(cache, batch)
+        how = self.how(cache, compiled=compiled)
+        self.results.add(f"throughput of {self.ours} with {rows_of(batch)}{how}, tokens/s", batch / seconds)
+
+    def _their_throughput(self, name: str, make: Callable[[], Cache], context: int, batch: int) -> None:
+        cache = make()
         self._fill(cache, batch, context)
+        figure = f"throughput of {name} with {rows_of(batch)} at {context} tokens, tokens/s"
         self.results.add(figure, batch / self._hf_step(cache, batch, context, steps=10))
 
-    def _fill(self, cache: Any, batch: int, context: int) -> None:
-        shape = (batch, self.kv_heads, context, self.head_dim)
-        dtype = next(self.model.parameters()).dtype
-        for layer in range(self.config.num_hidden_layers):
-            keys, values = (torch.randn(shape, dtype=dtype, device=self.device) for _ in range(2))
-            cache.update(keys, values, layer)
+    def _fill(self, cache: Cache, batch: int, context: int) -> None:
+        for index in self.geometry.attention_layers:
+            layer = self.geometry.layers[index]
+            keys, values = (
+                torch.randn((batch, layer.kv_heads, context, width), dtype=self.model.dtype, device=self.device)
+                for width in (layer.key_dim, layer.value_dim)
+            )
+            cache.update(keys, values, index)
 
-    def _hf_step(self, cache: Any, batch: int, context: int, steps: int) -> float:
+    def _dynamic_step(self, context: int) -> float:
+        cache = DynamicCache(config=self.config)
+        self._fill(cache, 1, context)
+        return self._hf_step(cache, 1, context, steps=20)
+
+    def _hf_step(self, cache: Cache, batch: int, context: int, steps: int) -> float:
         token, warm = self.tokens(batch, 1), 3
         positions = torch.arange(context, context + steps + warm, device=self.device)[:, None]
 
@@ -321,14 +397,14 @@ class Bench:
         repeat(step, range(warm))
         return self.seconds(lambda: repeat(step, range(warm, warm + steps))) / steps
 
-    def _static_step(self, batch: int, context: int) -> float:
+    def _static_step(self, context: int) -> float:
         """StaticCache with the whole step compiled and graphed, as transformers recommends."""
         uninstall(self.model)
         cache = StaticCache(config=self.config, max_cache_len=context + 64)
-        self._fill(cache, batch, context)
+        self._fill(cache, 1, context)
         torch.compiler.reset()
         compiled = torch.compile(self.model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
-        token, steps = self.tokens(batch, 1), 20
+        token, steps = self.tokens(1, 1), 20
         position = torch.full((1, 1), context, device=self.device)
 
         def step(_: int) -> None:

@@ -11,12 +11,31 @@ from liquidfusion.bench.report.sections import look
 from liquidfusion.bench.terminal.output import number
 
 _CACHES = ("KVCache, compiled graph", "KVCache, graph", "DynamicCache", "StaticCache, compiled")
+_GRAPH = "replayed from a CUDA graph"
+_FLOOR = "floor of a step with one row, weights and slots read once at a copy's rate, ms"
+_OLDER = {
+    r"floor B=1, ms": _FLOOR,
+    r"ours, graph, ms": f"a step of KVCache with one row, {_GRAPH}, ms",
+    r"ours, compile, ms": f"a step of KVCache with one row, compiled and {_GRAPH}, ms",
+    r"DynamicCache (\d+), ms": r"a step of DynamicCache with one row at \1 tokens, ms",
+    r"StaticCache\+compile (\d+), ms": r"a step of StaticCache with one row at \1 tokens, compiled, ms",
+    r"B=(\d+), graph, tokens/s": rf"throughput of KVCache with \1 rows, {_GRAPH}, tokens/s",
+    r"B=(\d+), compile, tokens/s": rf"throughput of KVCache with \1 rows, compiled and {_GRAPH}, tokens/s",
+    r"(Dynamic|Static)Cache B=(\d+) at (\d+), tokens/s": r"throughput of \1Cache with \2 rows at \3 tokens, tokens/s",
+}
+"""Names that figures had in older files, and what they are called now."""
+
+_CACHE = r"(?P<cache>\w+Cache)(?:\(.*\))? with (?P<rows>one row|\d+ rows)(?: at (?P<context>\d+) tokens)?"
+_HOW = rf"(?P<compiled>, compiled)?(?:(?:,| and) (?P<graph>{_GRAPH}))?"
+_STEP = re.compile(rf"a step of {_CACHE}{_HOW}, ms")
+_THROUGHPUT = re.compile(rf"throughput of {_CACHE}{_HOW}, tokens/s")
+_ROOFLINE = re.compile(r"roofline of any exact engine at (\d+) tokens, (one row|\d+ rows) in memory, tokens/s")
 
 
 def speed(document: dict[str, Any]) -> Section:
     """Return the section of a result of ``speed``."""
     metadata = document["metadata"]
-    figures = {name: value for name, value in document["figures"].items() if value is not None}
+    figures = {_name(name): value for name, value in document["figures"].items() if value is not None}
     model = str(metadata["model_name"])
     charts = {
         f"speed-{model}-decode": _decode(model, figures, metadata["contexts"]),
@@ -25,24 +44,35 @@ def speed(document: dict[str, Any]) -> Section:
     failures = [[name, f"failed: {reason}"] for name, reason in document["failures"].items()]
     return Section(
         "speed",
-        f"{model}, random weights, budget {metadata['budget']}, {metadata['dtype']}",
+        f"{model}, random weights, budget {metadata['budget']}{_bits(metadata)}, {metadata['dtype']}",
         "Time decode and prefill beside transformers' own caches. A bounded step costs the same at every context.",
         {stem: chart for stem, chart in charts.items() if chart.series},
         "medians",
         ["figure", "value"],
-        [[name, f"{value:.4g}"] for name, value in figures.items()] + failures,
+        [[name, f"{value:.4g}" if value < 1e4 else f"{value:,.0f}"] for name, value in figures.items()] + failures,
     )
+
+
+def _bits(metadata: dict[str, Any]) -> str:
+    bits = metadata.get("bits")
+    return "" if bits is None else f" at {' and '.join(map(str, bits)) if isinstance(bits, list) else bits} bits"
+
+
+def _name(figure: str) -> str:
+    """Return what a figure is called now."""
+    for older, now in _OLDER.items():
+        if match := re.fullmatch(older, figure):
+            return match.expand(now)
+    return figure
 
 
 def _decode(model: str, figures: dict[str, float], contexts: Sequence[int]) -> Chart:
     lines: dict[str, list[Point]] = {name: [] for name in _CACHES}
-    for name, figure in zip(_CACHES, ("ours, compile, ms", "ours, graph, ms"), strict=False):
-        if figure in figures:
-            lines[name] = [Point(float(context), figures[figure]) for context in sorted(contexts)]
     for name, value in figures.items():
-        if match := re.fullmatch(r"(DynamicCache|StaticCache\+compile) (\d+), ms", name):
-            lines[_CACHES[2 + (match[1] != "DynamicCache")]].append(Point(float(match[2]), value))
-    floor = figures.get("floor B=1, ms")
+        if match := _STEP.fullmatch(name):
+            at = sorted(contexts) if match["context"] is None else [int(match["context"])]
+            lines.setdefault(_label(match), []).extend(Point(float(context), value) for context in at)
+    floor = figures.get(_FLOOR)
     reference = None if floor is None else ("floor: read weights and slots", Point(0.0, floor))
     return Chart(
         f"decode step of one sequence, {model}",
@@ -57,12 +87,22 @@ def _decode(model: str, figures: dict[str, float], contexts: Sequence[int]) -> C
 def _throughput(model: str, figures: dict[str, float]) -> Chart:
     lines: dict[str, list[Point]] = {name: [] for name in _CACHES}
     for name, value in figures.items():
-        if match := re.fullmatch(r"B=(\d+), (graph|compile), tokens/s", name):
-            lines[_CACHES[match[2] == "graph"]].append(Point(float(match[1]), value))
-        elif match := re.fullmatch(r"(Dynamic|Static)Cache B=(\d+) at (\d+), tokens/s", name):
-            label = f"{match[1]}Cache at {short(int(match[3]))}"
-            lines.setdefault(label, []).append(Point(float(match[2]), value))
+        if match := _THROUGHPUT.fullmatch(name):
+            at = "" if match["context"] is None else f" at {short(int(match['context']))}"
+            lines.setdefault(_label(match) + at, []).append(Point(_rows(match["rows"]), value))
+        elif (match := _ROOFLINE.fullmatch(name)) and value > 0:
+            label = f"roofline of any exact engine at {short(int(match[1]))}"
+            lines.setdefault(label, []).append(Point(_rows(match[2]), value))
     return Chart(f"throughput, {model}", "sequences at once", "tokens/s", _series(lines), zero=True)
+
+
+def _label(match: re.Match[str]) -> str:
+    how = " ".join(word for word, group in (("compiled", "compiled"), ("graph", "graph")) if match[group])
+    return f"{match['cache']}, {how}" if how else match["cache"]
+
+
+def _rows(words: str) -> float:
+    return 1.0 if words == "one row" else float(words.split()[0])
 
 
 def _series(lines: dict[str, list[Point]]) -> list[Series]:
