@@ -222,7 +222,7 @@ def test_speed_with_codes_and_without_a_graph() -> None:
         for chart in section.charts.values()
     )
     assert decode == {"KVCache": [(2048, 50)]}
-    assert throughput == {"KVCache": [(1, 20), (64, 200)], "roofline of any exact engine at 2Ki": [(16, 90)]}
+    assert throughput == {"KVCache": [(1, 20), (64, 200)], "roofline of any exact engine at 2048": [(16, 90)]}
 
 
 def made(strategy: str = "h2o", value: float = 5.0, *, held: int = 100, seconds: float = 1.0, **facts: Any) -> rows.Row:

@@ -94,7 +94,8 @@ class Weights:
     @classmethod
     def of(cls, model: PreTrainedModel) -> Self:
         """Count a model's weights, which may be on the meta device."""
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        embedding: Any = model.get_input_embeddings()
+        head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         tied = head is not None and head.weight is embedding.weight
         experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
         config, share = model.config.get_text_config(decoder=True), 1.0
@@ -102,7 +103,7 @@ class Weights:
             if experts and getattr(config, name, None):
                 share = min(1.0, config.num_experts_per_tok / getattr(config, name))
         total = sum(parameter.nbytes for parameter in model.parameters())
-        return cls(total, 0 if tied else int(embedding.weight.nbytes), experts, share)
+        return cls(total, 0 if tied else embedding.weight.nbytes, experts, share)
 
     def read(self, rows: int) -> float:
         """Return the bytes that a decode step of so many rows reads, each sent to experts as if drawn evenly."""
