@@ -117,6 +117,8 @@ def turn(options: argparse.Namespace) -> dict[str, Any]:
                 if not line.startswith(b"data: {"):
                     continue
                 event = json.loads(line[6:])
+                if "error" in event:
+                    sys.exit(f"the server answered: {event['error']['message']}")
                 if event.get("usage"):
                     cached = event["usage"]["prompt_tokens_details"]["cached_tokens"]
                 for choice in event["choices"]:
