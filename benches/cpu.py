@@ -74,8 +74,11 @@ class Bench:
             "KVCache": lf.KVCache(self.model, budget=budget),
             "KVCache, bits=4": lf.KVCache(self.model, budget=budget, bits=4),
         }
+        half = lf.KVCache(self.model, budget=budget, bits=16)
+        self.call(self.ids(budget + 1), half)
+        caches["KVCache, bits=4, bytes of 16 bits"] = lf.KVCache(self.model, memory=half.nbytes, bits=4)
         for cache in caches.values():
-            self.call(self.ids(budget + 128), cache)
+            self.call(self.ids((cache.spec.budget or 0) + 128), cache)
         for context in (budget, self.options.context):
             cache = caches[f"DynamicCache at {context}"] = DynamicCache(config=self.model.config)
             for layer in range(self.options.layers):

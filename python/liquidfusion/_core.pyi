@@ -90,6 +90,24 @@ def step(
     *,
     threads: SupportsIndex | None = None,
 ) -> None: ...
+def step_coded(
+    query: _Tensor,
+    key: _Tensor,
+    value: _Tensor,
+    slot: _Tensor,
+    position: Iterable[SupportsIndex],
+    keys: tuple[_Tensor, _Tensor, _Tensor | None, SupportsIndex],
+    values: tuple[_Tensor, _Tensor, _Tensor | None, SupportsIndex],
+    mu: _Tensor | None,
+    positions: _Tensor,
+    scale: SupportsFloat,
+    window: SupportsIndex,
+    chunked: bool,
+    out: _Tensor,
+    scores: tuple[_Tensor, _Tensor, SupportsFloat, SupportsFloat, SupportsIndex, bool] | None = None,
+    *,
+    threads: SupportsIndex | None = None,
+) -> None: ...
 def encode(
     states: _Tensor,
     mu: _Tensor | None,

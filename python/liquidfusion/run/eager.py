@@ -20,7 +20,7 @@ from liquidfusion.run.sampling import upload
 from liquidfusion.run.step import On, Step
 from liquidfusion.state.group import Chunk, Group, Groups
 from liquidfusion.state.ledger import Scores
-from liquidfusion.state.sides import Plain
+from liquidfusion.state.sides import Coded, Plain
 from liquidfusion.state.slots import Slots
 
 _CORE_DTYPES = (torch.float32, torch.bfloat16)  # in which the core attends
@@ -197,11 +197,16 @@ class Eager(Backend):
         return self._rotary(grouped, at_query[:, :, None], layer).flatten(1, 2), self._rotary(keys, at_key, layer)
 
     def _core_steps(self, slots: Slots, query: Tensor, how: How) -> bool:
-        """Whether the core takes a decode step as a whole: plain attention over the model's own numbers on a CPU."""
+        """Whether the core takes a decode step as a whole: plain attention on a CPU, over numbers or over codes."""
         plain = self._rotary is None and not how.softcap and how.sinks is None
-        if not (plain and self._step.decodes and query.device.type == "cpu" and query.dtype in _CORE_DTYPES):
+        if not (plain and self._step.decodes and query.device.type == "cpu"):
             return False
-        return all(isinstance(side, Plain) and side.held.dtype == query.dtype for side in (slots.keys, slots.values))
+        keys, values = slots.keys, slots.values
+        if isinstance(keys, Coded) and isinstance(values, Coded):
+            firsts = [side.first.dtype for side in (keys, values) if side.first is not None]
+            return values.coding.mu is None and all(dtype == torch.bfloat16 for dtype in firsts)
+        known = query.dtype in _CORE_DTYPES
+        return known and all(isinstance(side, Plain) and side.held.dtype == query.dtype for side in (keys, values))
 
     def _step_by_core(
         self,
@@ -216,6 +221,28 @@ class Eager(Backend):
     ) -> Tensor:
         """Write a token, attend and look, in one call: a hundred of torch's take longer than what they compute."""
         own, rule, keys, values = scores.attention(), group.rule, slots.keys, slots.values
+        at, seen = self._written[group][index], self._step.seen
+        rules = None if own is None else (*own, rule.mass_decay, rule.peak_decay, rule.look_gap, rule.value_weighted)
+        if isinstance(keys, Coded) and isinstance(values, Coded):
+            output = query.new_empty((*query.shape[:3], value.shape[3]), dtype=torch.float32)
+            _core.step_coded(
+                query.float().contiguous(),
+                key.float().contiguous(),
+                value.float().contiguous(),
+                at,
+                seen,
+                (keys.codes.codes, keys.codes.scales, keys.first, keys.coding.bits),
+                (values.codes.codes, values.codes.scales, values.first, values.coding.bits),
+                keys.coding.mu,
+                scores.positions,
+                how.scale,
+                how.window,
+                how.chunked,
+                output,
+                rules,
+                threads=self._threads,
+            )
+            return output.to(query.dtype)
         assert isinstance(keys, Plain)
         assert isinstance(values, Plain)
         output = query.new_empty((*query.shape[:3], value.shape[3]))
@@ -223,8 +250,8 @@ class Eager(Backend):
             query.contiguous(),
             key.contiguous(),
             value.contiguous(),
-            self._written[group][index],
-            self._step.seen,
+            at,
+            seen,
             keys.held,
             values.held,
             scores.positions,
@@ -232,7 +259,7 @@ class Eager(Backend):
             how.window,
             how.chunked,
             output,
-            None if own is None else (*own, rule.mass_decay, rule.peak_decay, rule.look_gap, rule.value_weighted),
+            rules,
             threads=self._threads,
         )
         return output

@@ -16,7 +16,7 @@ use crate::view::{View, ViewMut};
 const BLOCK: usize = 16;
 
 /// Bytes below which helpers cost more than they bring.
-const WORTH_THREADS: usize = 1 << 20;
+pub(crate) const WORTH_THREADS: usize = 1 << 20;
 
 /// Which earlier tokens a layer's queries see.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,7 +31,7 @@ pub enum Window {
 
 impl Window {
     /// The oldest position that a query sees.
-    fn oldest(self, query: i32) -> i32 {
+    pub(crate) fn oldest(self, query: i32) -> i32 {
         match self {
             Self::All => 0,
             Self::Sliding(size) => (query - size + 1).max(0),
@@ -39,7 +39,7 @@ impl Window {
         }
     }
 
-    fn check(self) -> Result<()> {
+    pub(crate) fn check(self) -> Result<()> {
         match self {
             Self::Sliding(size) | Self::Chunked(size) if size < 1 => {
                 fail!(Config, "window must be at least 1 token, got {size}")
@@ -90,7 +90,7 @@ fn joined<S: Simd>(
 
 /// Products of a query with keys at `positions` into its attention probabilities; 0 for what it does not see.
 #[inline(always)]
-fn softmax_row<S: Simd>(simd: S, row: &mut [f32], positions: &[i32], query: i32, oldest: i32, scale: f32) {
+pub(crate) fn softmax_row<S: Simd>(simd: S, row: &mut [f32], positions: &[i32], query: i32, oldest: i32, scale: f32) {
     // A pass for each step, over a row that stays in the first-level cache: loops that do one thing are compiled to vectors.
     for (x, &position) in row.iter_mut().zip(positions) {
         *x = if (position >= oldest) & (position <= query) { *x * scale } else { f32::NEG_INFINITY };
@@ -238,6 +238,31 @@ pub struct Token<'a, T> {
     pub position: &'a [i32],
 }
 
+impl<T> Token<'_, T> {
+    /// Check it against slots `[batch, kv_heads, slots]` of keys and values of so many numbers, and count the query heads.
+    pub(crate) fn check(
+        &self,
+        [batch, kv_heads, slots]: [usize; 3],
+        [key_dim, value_dim]: [usize; 2],
+    ) -> Result<usize> {
+        let heads = self.query.shape()[1];
+        self.query.expect("query", [batch, heads, 1, key_dim])?;
+        self.key.expect("key", [batch, kv_heads, 1, key_dim])?;
+        self.value.expect("value", [batch, kv_heads, 1, value_dim])?;
+        self.slot.expect("slot", [batch, kv_heads])?;
+        if self.position.len() != batch {
+            fail!(Tensor, "position must have one entry per row, {batch}, got {}", self.position.len());
+        }
+        if kv_heads == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
+            fail!(Tensor, "query must have a multiple of {kv_heads} heads, got {heads}");
+        }
+        if let Some(slot) = self.slot.data().iter().find(|&&slot| !usize::try_from(slot).is_ok_and(|s| s < slots)) {
+            fail!(Tensor, "slot must be from 0 to {}, got {slot}", slots.wrapping_sub(1));
+        }
+        Ok(heads)
+    }
+}
+
 /// What a layer holds.
 #[derive(Debug)]
 pub struct Held<'a, T> {
@@ -347,24 +372,12 @@ pub fn step<T: Number>(
     threads: usize,
 ) -> Result<()> {
     let [batch, kv_heads, slots, key_dim] = held.keys.shape();
-    let (heads, value_dim) = (token.query.shape()[1], held.values.shape()[3]);
+    let value_dim = held.values.shape()[3];
     window.check()?;
     held.values.expect("values", [batch, kv_heads, slots, value_dim])?;
     held.positions.expect("positions", [batch, kv_heads, slots])?;
-    token.query.expect("query", [batch, heads, 1, key_dim])?;
-    token.key.expect("key", [batch, kv_heads, 1, key_dim])?;
-    token.value.expect("value", [batch, kv_heads, 1, value_dim])?;
-    token.slot.expect("slot", [batch, kv_heads])?;
-    if token.position.len() != batch {
-        fail!(Tensor, "position must have one entry per row, {batch}, got {}", token.position.len());
-    }
-    if kv_heads == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
-        fail!(Tensor, "query must have a multiple of {kv_heads} heads, got {heads}");
-    }
+    let heads = token.check([batch, kv_heads, slots], [key_dim, value_dim])?;
     out.expect("out", [batch, heads, 1, value_dim])?;
-    if let Some(slot) = token.slot.data().iter().find(|&&slot| !usize::try_from(slot).is_ok_and(|s| s < slots)) {
-        fail!(Tensor, "slot must be from 0 to {}, got {slot}", slots.wrapping_sub(1));
-    }
     let group = heads / kv_heads;
     let weighted = scores.as_ref().is_some_and(|scores| scores.weighted);
     let mut probabilities = vec![0.0; batch * heads * slots];
@@ -397,18 +410,34 @@ pub fn step<T: Number>(
         threads::for_each(threads, parts, simd::dispatch);
     }
     let Some(scores) = scores else { return Ok(()) };
+    look(&mut probabilities, &weights, group, held.positions, token.position, scores, threads)
+}
+
+/// Let scores fade by one token and gain the looks of `probabilities` `[batch, heads, slots]`, of which too near ones become 0.
+///
+/// `weights` `[batch, kv_heads, slots]`, or none; `positions` as [`Held`] has them, `newest` the queries' own.
+pub(crate) fn look(
+    probabilities: &mut [f32],
+    weights: &[f32],
+    group: usize,
+    positions: View<'_, i32, 3>,
+    newest: &[i32],
+    scores: Scores<'_>,
+    threads: usize,
+) -> Result<()> {
+    let [batch, kv_heads, slots] = positions.shape();
     for (i, looks) in probabilities.chunks_exact_mut(slots).enumerate() {
-        let newest = token.position[i / heads];
-        let positions = &held.positions.data()[i / group * slots..][..slots];
+        let newest = newest[i / group / kv_heads];
+        let positions = &positions.data()[i / group * slots..][..slots];
         looks
             .iter_mut()
             .zip(positions)
             .for_each(|(look, &at)| *look = if newest - at < scores.gap { 0.0 } else { *look });
     }
     let (ages, elapsed) = (vec![0; batch], vec![1; batch]);
-    let weights = weighted.then(|| View::new("weights", &weights, [batch, kv_heads, slots])).transpose()?;
+    let weights = scores.weighted.then(|| View::new("weights", weights, [batch, kv_heads, slots])).transpose()?;
     let looks = Looks {
-        probabilities: View::new("probabilities", &probabilities, [batch, kv_heads, group, 1, slots])?,
+        probabilities: View::new("probabilities", probabilities, [batch, kv_heads, group, 1, slots])?,
         ages: View::new("ages", &ages, [batch, 1])?,
         elapsed: &elapsed,
         weights,

@@ -18,7 +18,7 @@ const TOGETHER: usize = 4;
 
 /// How many bits a coordinate takes: 8, 4 or 2.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Bits(usize);
+pub struct Bits(pub(crate) usize);
 
 impl Bits {
     /// From their number.
@@ -72,7 +72,7 @@ pub fn width(head_dim: usize) -> usize {
 }
 
 /// Whether a coordinate changes its sign before it is mixed with others; as in `liquidfusion.compute.codes`.
-fn signs(width: usize) -> Vec<f32> {
+pub(crate) fn signs(width: usize) -> Vec<f32> {
     let mut state = 7_u64;
     let next = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -150,10 +150,23 @@ vectorised! {
 
 /// Apply the rotation in place.
 #[inline(always)]
-fn rotate(y: &mut [f32], signs: &[f32]) {
+pub(crate) fn rotate(y: &mut [f32], signs: &[f32]) {
     y.iter_mut().zip(signs).for_each(|(y, sign)| *y *= sign);
-    let mut rest = &mut *y;
-    for block in blocks(signs.len()) {
+    mix(y);
+}
+
+/// Undo the rotation in place.
+#[inline(always)]
+pub(crate) fn unrotate(y: &mut [f32], signs: &[f32]) {
+    mix(y);
+    y.iter_mut().zip(signs).for_each(|(y, sign)| *y *= sign);
+}
+
+/// Mix coordinates by Hadamard matrices, each its own inverse.
+#[inline(always)]
+fn mix(y: &mut [f32]) {
+    let (width, mut rest) = (y.len(), y);
+    for block in blocks(width) {
         let (part, after) = rest.split_at_mut(block);
         let mut half = 1;
         while half < block {
@@ -191,7 +204,7 @@ fn sum_of_squares(y: &[f32], sums: &mut [f32]) -> f32 {
 
 /// Write the codes of a rotated vector and return its scale.
 #[inline(always)]
-fn quantise(y: &[f32], bits: Bits, codes: &mut [u8], sums: &mut [f32]) -> f16 {
+pub(crate) fn quantise(y: &[f32], bits: Bits, codes: &mut [u8], sums: &mut [f32]) -> f16 {
     let norm = sum_of_squares(y, sums).sqrt();
     let (count, half, top) = (bits.0, (1 << (bits.0 - 1)) as f32, ((1 << bits.0) - 1) as f32);
     let rms = norm / (y.len() as f32).sqrt();

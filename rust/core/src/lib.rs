@@ -39,6 +39,7 @@
 
 pub mod accumulate;
 pub mod attend;
+pub mod coded;
 pub mod codes;
 mod decide;
 pub mod error;

@@ -1,14 +1,18 @@
-//! `softmax` and `step`: attention on the CPU.
+//! `softmax`, `step` and `step_coded`: attention on the CPU.
+
+use std::ops::Range;
 
 use dlpark::DlpackElement;
-use half::bf16;
+use half::{bf16, f16};
 use liquidfusion_core::accumulate::Decay;
 use liquidfusion_core::attend::{self as core, Held, Number, Scores, Token, Window};
+use liquidfusion_core::coded;
+use liquidfusion_core::codes::Bits;
 use liquidfusion_core::view::{View, ViewMut};
 use pyo3::prelude::*;
 
 use crate::args::{boolean, float, int, ints, threads_of};
-use crate::error::{config_error, released, tensor_error};
+use crate::error::{config_error, raise, released, tensor_error};
 use crate::tensor::{Access, AnyTensor, Tensor, disjoint, dtype_name};
 
 fn small(py: Python<'_>, name: &str, value: i64) -> PyResult<i32> {
@@ -77,6 +81,17 @@ impl Looking {
             weighted: boolean("weighted", &item(5)?)?,
         })
     }
+
+    fn view(&mut self) -> liquidfusion_core::Result<Scores<'_>> {
+        let (mass, peak) = (self.mass.shape(), self.peak.shape());
+        Ok(Scores {
+            mass: ViewMut::new("mass", self.mass.slice_mut(), mass)?,
+            peak: ViewMut::new("peak", self.peak.slice_mut(), peak)?,
+            decay: self.decay,
+            gap: self.gap,
+            weighted: self.weighted,
+        })
+    }
 }
 
 /// One decode step of a layer: write each row's token into its slot, and attend.
@@ -102,17 +117,7 @@ pub(crate) fn step(
 ) -> PyResult<()> {
     let keys = AnyTensor::import("keys", keys, Access::Write)?;
     let (dtype, tensors) = (keys.dtype, (query, key, value, keys, values, out));
-    let call = Call {
-        slot: Tensor::import("slot", "[batch, kv_heads]", slot, Access::Read)?,
-        position: (ints("position", position)?.into_iter())
-            .map(|at| small(py, "position", at))
-            .collect::<PyResult<_>>()?,
-        positions: Tensor::import("positions", "[batch, kv_heads, slots]", positions, Access::Read)?,
-        scale: float("scale", scale)? as f32,
-        window: window_of(window, chunked)?,
-        scores: scores.map(Looking::import).transpose()?,
-        threads: threads_of(py, threads)?,
-    };
+    let call = Call::import(py, (slot, position, positions), scale, (window, chunked), scores, threads)?;
     match dtype {
         t if t.is::<f32>() => call.run::<f32>(py, tensors),
         t if t.is::<bf16>() => call.run::<bf16>(py, tensors),
@@ -121,6 +126,7 @@ pub(crate) fn step(
 }
 
 type Any<'a, 'py> = &'a Bound<'py, PyAny>;
+type Span<'a> = (&'a str, Range<usize>);
 
 struct Call {
     slot: Tensor<i64, 2>,
@@ -133,6 +139,42 @@ struct Call {
 }
 
 impl Call {
+    fn import(
+        py: Python<'_>,
+        (slot, position, positions): (Any<'_, '_>, Any<'_, '_>, Any<'_, '_>),
+        scale: Any<'_, '_>,
+        (window, chunked): (Any<'_, '_>, Any<'_, '_>),
+        scores: Option<Any<'_, '_>>,
+        threads: Option<Any<'_, '_>>,
+    ) -> PyResult<Self> {
+        Ok(Self {
+            slot: Tensor::import("slot", "[batch, kv_heads]", slot, Access::Read)?,
+            position: (ints("position", position)?.into_iter())
+                .map(|at| small(py, "position", at))
+                .collect::<PyResult<_>>()?,
+            positions: Tensor::import("positions", "[batch, kv_heads, slots]", positions, Access::Read)?,
+            scale: float("scale", scale)? as f32,
+            window: window_of(window, chunked)?,
+            scores: scores.map(Looking::import).transpose()?,
+            threads: threads_of(py, threads)?,
+        })
+    }
+
+    /// Refuse memory that is written and shared; what is only read may be shared among itself.
+    fn disjoint<'a>(&self, py: Python<'_>, mut written: Vec<Span<'a>>, mut read: Vec<Span<'a>>) -> PyResult<()> {
+        if let Some(scores) = &self.scores {
+            written.extend([("mass", scores.mass.span()), ("peak", scores.peak.span())]);
+        }
+        disjoint(py, &written)?;
+        read.extend([("slot", self.slot.span()), ("positions", self.positions.span())]);
+        for span in read {
+            for written in &written {
+                disjoint(py, &[written.clone(), span.clone()])?;
+            }
+        }
+        Ok(())
+    }
+
     fn run<T: Number + DlpackElement>(
         mut self,
         py: Python<'_>,
@@ -153,24 +195,8 @@ impl Call {
         let query: Tensor<T, 4> = Tensor::import("query", TOKEN, query, Access::Read)?;
         let key: Tensor<T, 4> = Tensor::import("key", TOKEN, key, Access::Read)?;
         let value: Tensor<T, 4> = Tensor::import("value", TOKEN, value, Access::Read)?;
-        let mut written = vec![("keys", keys.span()), ("values", values.span()), ("out", out.span())];
-        if let Some(scores) = &self.scores {
-            written.extend([("mass", scores.mass.span()), ("peak", scores.peak.span())]);
-        }
-        disjoint(py, &written)?;
-        let read = [
-            ("query", query.span()),
-            ("key", key.span()),
-            ("value", value.span()),
-            ("slot", self.slot.span()),
-            ("positions", self.positions.span()),
-        ];
-        // What is only read may be shared among itself.
-        for span in read {
-            for written in &written {
-                disjoint(py, &[written.clone(), span.clone()])?;
-            }
-        }
+        let written = vec![("keys", keys.span()), ("values", values.span()), ("out", out.span())];
+        self.disjoint(py, written, vec![("query", query.span()), ("key", key.span()), ("value", value.span())])?;
         released(py, || {
             let token = Token {
                 query: View::new("query", query.slice(), query.shape())?,
@@ -185,21 +211,116 @@ impl Call {
                 values: ViewMut::new("values", values.slice_mut(), values_shape)?,
                 positions: View::new("positions", self.positions.slice(), self.positions.shape())?,
             };
-            let scores = match &mut self.scores {
-                None => None,
-                Some(own) => {
-                    let (mass_shape, peak_shape) = (own.mass.shape(), own.peak.shape());
-                    Some(Scores {
-                        mass: ViewMut::new("mass", own.mass.slice_mut(), mass_shape)?,
-                        peak: ViewMut::new("peak", own.peak.slice_mut(), peak_shape)?,
-                        decay: own.decay,
-                        gap: own.gap,
-                        weighted: own.weighted,
-                    })
-                }
-            };
+            let scores = self.scores.as_mut().map(Looking::view).transpose()?;
             let out = ViewMut::new("out", out.slice_mut(), out_shape)?;
             core::step(&token, held, self.scale, self.window, out, scores, self.threads)
         })
     }
+}
+
+/// Coded keys or values as they came: `(codes, scales, first, bits)`.
+struct Coded {
+    codes: Tensor<u8, 4>,
+    scales: Tensor<f16, 3>,
+    first: Option<Tensor<bf16, 4>>,
+    bits: Bits,
+}
+
+impl Coded {
+    fn import(name: &str, side: Any<'_, '_>) -> PyResult<Self> {
+        const CODES: &str = "[batch, kv_heads, slots, bytes]";
+        const FIRST: &str = "[batch, kv_heads, first slots, width]";
+        let (py, item) = (side.py(), |i: usize| side.get_item(i));
+        let (codes, scales, first) = (item(0)?, item(1)?, item(2)?);
+        let named = |part: &str| format!("{name} {part}");
+        Ok(Self {
+            codes: Tensor::import(&named("codes"), CODES, &codes, Access::Write)?,
+            scales: Tensor::import(&named("scales"), "[batch, kv_heads, slots]", &scales, Access::Write)?,
+            first: if first.is_none() {
+                None
+            } else {
+                Some(Tensor::import(&named("first"), FIRST, &first, Access::Write)?)
+            },
+            bits: Bits::new(int("bits", &item(3)?)?).map_err(|error| raise(py, error))?,
+        })
+    }
+
+    fn spans(&self, names: [&'static str; 3]) -> Vec<Span<'static>> {
+        let mut spans = vec![(names[0], self.codes.span()), (names[1], self.scales.span())];
+        spans.extend(self.first.as_ref().map(|first| (names[2], first.span())));
+        spans
+    }
+
+    fn view(&mut self) -> liquidfusion_core::Result<coded::Coded<'_>> {
+        let (codes, scales) = (self.codes.shape(), self.scales.shape());
+        Ok(coded::Coded {
+            bits: self.bits,
+            codes: ViewMut::new("codes", self.codes.slice_mut(), codes)?,
+            scales: ViewMut::new("scales", self.scales.slice_mut(), scales)?,
+            first: match &mut self.first {
+                None => None,
+                Some(first) => {
+                    let shape = first.shape();
+                    Some(ViewMut::new("first", first.slice_mut(), shape)?)
+                }
+            },
+        })
+    }
+}
+
+/// One decode step of a layer whose slots are coded.
+#[pyfunction]
+#[pyo3(signature = (query, key, value, slot, position, keys, values, mu, positions, scale, window, chunked, out, scores=None, *, threads=None))]
+#[expect(clippy::too_many_arguments, reason = "a kernel's")]
+pub(crate) fn step_coded(
+    py: Python<'_>,
+    query: &Bound<'_, PyAny>,
+    key: &Bound<'_, PyAny>,
+    value: &Bound<'_, PyAny>,
+    slot: &Bound<'_, PyAny>,
+    position: &Bound<'_, PyAny>,
+    keys: &Bound<'_, PyAny>,
+    values: &Bound<'_, PyAny>,
+    mu: Option<&Bound<'_, PyAny>>,
+    positions: &Bound<'_, PyAny>,
+    scale: &Bound<'_, PyAny>,
+    window: &Bound<'_, PyAny>,
+    chunked: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+    scores: Option<&Bound<'_, PyAny>>,
+    threads: Option<&Bound<'_, PyAny>>,
+) -> PyResult<()> {
+    const TOKEN: &str = "[batch, heads, 1, d]";
+    let (mut keys, mut values) = (Coded::import("keys", keys)?, Coded::import("values", values)?);
+    let mut call = Call::import(py, (slot, position, positions), scale, (window, chunked), scores, threads)?;
+    let mut out: Tensor<f32, 4> = Tensor::import("out", TOKEN, out, Access::Write)?;
+    let query: Tensor<f32, 4> = Tensor::import("query", TOKEN, query, Access::Read)?;
+    let key: Tensor<f32, 4> = Tensor::import("key", TOKEN, key, Access::Read)?;
+    let value: Tensor<f32, 4> = Tensor::import("value", TOKEN, value, Access::Read)?;
+    let mu = mu.map(|mu| Tensor::<f32, 2>::import("mu", "[kv_heads, head_dim]", mu, Access::Read)).transpose()?;
+    let mut written = vec![("out", out.span())];
+    written.extend(keys.spans(["keys codes", "keys scales", "keys first"]));
+    written.extend(values.spans(["values codes", "values scales", "values first"]));
+    let mut read = vec![("query", query.span()), ("key", key.span()), ("value", value.span())];
+    read.extend(mu.as_ref().map(|mu| ("mu", mu.span())));
+    call.disjoint(py, written, read)?;
+    released(py, || {
+        let token = Token {
+            query: View::new("query", query.slice(), query.shape())?,
+            key: View::new("key", key.slice(), key.shape())?,
+            value: View::new("value", value.slice(), value.shape())?,
+            slot: View::new("slot", call.slot.slice(), call.slot.shape())?,
+            position: &call.position,
+        };
+        let held = coded::Held {
+            keys: keys.view()?,
+            values: values.view()?,
+            mu: mu.as_ref().map(|mu| View::new("mu", mu.slice(), mu.shape())).transpose()?,
+            positions: View::new("positions", call.positions.slice(), call.positions.shape())?,
+        };
+        let scores = call.scores.as_mut().map(Looking::view).transpose()?;
+        let shape = out.shape();
+        let out = ViewMut::new("out", out.slice_mut(), shape)?;
+        coded::step(&token, held, call.scale, call.window, out, scores, call.threads)
+    })
 }

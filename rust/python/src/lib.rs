@@ -36,6 +36,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(spec::budget_from_percent, module)?)?;
     module.add_function(wrap_pyfunction!(accumulate::accumulate, module)?)?;
     module.add_function(wrap_pyfunction!(attend::softmax, module)?)?;
+    module.add_function(wrap_pyfunction!(attend::step_coded, module)?)?;
     module.add_function(wrap_pyfunction!(attend::step, module)?)?;
     module.add_function(wrap_pyfunction!(codes::encode, module)?)?;
     module.add_function(wrap_pyfunction!(codes::code_logits, module)?)?;
