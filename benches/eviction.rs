@@ -28,9 +28,9 @@ fn search(criterion: &mut Criterion) {
             let mut near = 0;
             bencher.iter(|| {
                 for ordinals in &heads {
-                    let field = Field { count: n, least: 0, most: ordinal(1.0) };
-                    let counted = ordinals.iter().filter(|&&ordinal| ordinal < near).count();
-                    std::hint::black_box(cut(ordinals, &positions, k, field, &mut near, counted));
+                    let below_near = ordinals.iter().filter(|&&ordinal| ordinal < near).count();
+                    let field = Field { count: n, least: 0, most: ordinal(1.0), near, below_near };
+                    near = std::hint::black_box(cut(ordinals, &positions, k, field)).ordinal;
                 }
             });
         });

@@ -266,12 +266,8 @@ pub fn accumulate(
     })?;
     RESULTS.with_borrow(|results| {
         let (sums, peaks) = results.split_at(mass.len());
-        let tiles = mass.chunks_mut(TILE).zip(peak.chunks_mut(TILE)).zip(sums.chunks(TILE).zip(peaks.chunks(TILE)));
-        // By the threads that worked them out, as far as they come: they have them in their caches.
-        threads::for_each(threads, tiles, |((mass, peak), (sums, peaks))| {
-            mass.copy_from_slice(sums);
-            peak.copy_from_slice(peaks);
-        });
+        mass.copy_from_slice(sums);
+        peak.copy_from_slice(peaks);
     });
     Ok(())
 }

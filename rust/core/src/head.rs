@@ -1,5 +1,7 @@
 //! What one head shows when it has to decide.
 
+use crate::simd::vectorised;
+
 /// Bits of the largest finite float: a score that may be used has bits up to this, or those of -0.0.
 pub(crate) const FINITE: u32 = 0x7f7f_ffff;
 
@@ -20,7 +22,7 @@ pub(crate) struct Place {
     pub(crate) kv_head: usize,
 }
 
-/// The candidates of one head; at first its slots and the columns of a chunk, then those of them that are left.
+/// The candidates of one head: its slots, and behind them the columns of a chunk.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Head<'a> {
     pub(crate) place: Place,
@@ -52,9 +54,14 @@ pub(crate) struct BadScore {
 impl Head<'_> {
     /// Refuse a candidate's mass or peak that is not finite or negative, and a distinctness that is not finite.
     pub(crate) fn check(&self) -> Result<(), BadScore> {
+        let [mass, peak, distinct] = self.scores;
+        // As a rule none is bad, whoever it belongs to.
+        if worst(mass, peak, distinct) <= FINITE {
+            return Ok(());
+        }
         // A sign may be overlooked where it means nothing.
-        let kinds = [("mass", u32::MAX), ("peak", u32::MAX), ("distinct", !SIGN)];
-        for ((name, mask), values) in kinds.into_iter().zip(self.scores) {
+        for (name, values, mask) in [("mass", mass, u32::MAX), ("peak", peak, u32::MAX), ("distinct", distinct, !SIGN)]
+        {
             let bad =
                 |(&position, value): (&i32, &f32)| position >= 0 && !valid(f32::from_bits(value.to_bits() & mask));
             if let Some(index) = self.positions.iter().zip(values).position(bad) {
@@ -62,5 +69,13 @@ impl Head<'_> {
             }
         }
         Ok(())
+    }
+}
+
+vectorised! {
+    /// The largest bits of a score, but for the sign of distinctness.
+    fn worst<'a>(mass: &'a [f32], peak: &'a [f32], distinct: &'a [f32]) -> u32 {
+        let worst = mass.iter().zip(peak).fold(0, |worst, (mass, peak)| mass.to_bits().max(peak.to_bits()).max(worst));
+        distinct.iter().fold(worst, |worst, score| worst.max(score.to_bits() & !SIGN))
     }
 }

@@ -1,24 +1,29 @@
 //! What a token is worth when heavy hitters are chosen: one type per answer.
 
-use std::ops::Range;
-
 use crate::accumulate::normal;
 use crate::head::{DISTINCT, Head, MASS, PEAK};
 use crate::select::ordinal;
 use crate::simd::vectorised;
 use crate::spec::Spec;
 
+/// Who has no place yet: the candidates whose ordinal is below the bound.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Open<'a> {
+    pub(crate) ordinals: &'a [i32],
+    pub(crate) bound: i32,
+}
+
 /// An answer to what tokens are worth.
 pub(crate) trait Score: Sync {
-    /// What every candidate of `head` is worth; only those whose positions are `within` matter. `out` is as long, to be used or not.
-    fn worth<'a>(&self, head: Head<'a>, within: &Range<i32>, out: &'a mut [f32]) -> &'a [f32];
+    /// What every candidate of `head` is worth; only those that are open matter. `out` is as long, to be used or not.
+    fn worth<'a>(&self, head: Head<'a>, open: Open<'_>, out: &'a mut [f32]) -> &'a [f32];
 }
 
 /// The attention mass it gathered.
 pub(crate) struct Mass;
 
 impl Score for Mass {
-    fn worth<'a>(&self, head: Head<'a>, _: &Range<i32>, _: &'a mut [f32]) -> &'a [f32] {
+    fn worth<'a>(&self, head: Head<'a>, _: Open<'_>, _: &'a mut [f32]) -> &'a [f32] {
         head.scores[MASS]
     }
 }
@@ -27,7 +32,7 @@ impl Score for Mass {
 pub(crate) struct Peak;
 
 impl Score for Peak {
-    fn worth<'a>(&self, head: Head<'a>, _: &Range<i32>, _: &'a mut [f32]) -> &'a [f32] {
+    fn worth<'a>(&self, head: Head<'a>, _: Open<'_>, _: &'a mut [f32]) -> &'a [f32] {
         head.scores[PEAK]
     }
 }
@@ -38,7 +43,7 @@ impl Score for Peak {
 pub(crate) struct Distinct;
 
 impl Score for Distinct {
-    fn worth<'a>(&self, head: Head<'a>, _: &Range<i32>, _: &'a mut [f32]) -> &'a [f32] {
+    fn worth<'a>(&self, head: Head<'a>, _: Open<'_>, _: &'a mut [f32]) -> &'a [f32] {
         head.scores[DISTINCT]
     }
 }
@@ -49,10 +54,10 @@ impl Score for Distinct {
 pub(crate) struct Pooled(pub(crate) usize);
 
 impl Score for Pooled {
-    fn worth<'a>(&self, head: Head<'a>, within: &Range<i32>, out: &'a mut [f32]) -> &'a [f32] {
+    fn worth<'a>(&self, head: Head<'a>, Open { ordinals, bound }: Open<'_>, out: &'a mut [f32]) -> &'a [f32] {
         let Self(reach) = *self;
         let (positions, mass) = (head.positions, head.scores[MASS]);
-        let mut order: Vec<usize> = (0..positions.len()).filter(|&i| within.contains(&positions[i])).collect();
+        let mut order: Vec<usize> = (0..positions.len()).filter(|&i| ordinals[i] < bound).collect();
         order.sort_unstable_by_key(|&i| positions[i]);
         for (rank, &i) in order.iter().enumerate() {
             let around = &order[rank.saturating_sub(reach)..(rank + reach + 1).min(order.len())];
@@ -67,7 +72,7 @@ impl Score for Pooled {
 pub(crate) struct Drawn;
 
 impl Score for Drawn {
-    fn worth<'a>(&self, head: Head<'a>, _: &Range<i32>, out: &'a mut [f32]) -> &'a [f32] {
+    fn worth<'a>(&self, head: Head<'a>, _: Open<'_>, out: &'a mut [f32]) -> &'a [f32] {
         for (out, &position) in out.iter_mut().zip(head.positions) {
             *out = drawn(head.place.layer, head.place.kv_head, position);
         }
@@ -139,7 +144,7 @@ impl Average {
 }
 
 impl Score for Averaged<'_> {
-    fn worth<'a>(&self, head: Head<'a>, _: &Range<i32>, out: &'a mut [f32]) -> &'a [f32] {
+    fn worth<'a>(&self, head: Head<'a>, _: Open<'_>, out: &'a mut [f32]) -> &'a [f32] {
         let Self(average) = self;
         // The position that no query has looked at which counts.
         let newest = head.seen.saturating_sub(average.gap) as i32;
@@ -184,11 +189,12 @@ mod tests {
     use crate::head::Place;
     use crate::params::{Name, Value};
 
-    fn worth(score: &dyn Score, positions: &[i32], mass: &[f32], within: Range<i32>) -> Vec<f32> {
+    /// What those are worth that come before `seen`, the only ones that are open.
+    fn worth(score: &dyn Score, positions: &[i32], mass: &[f32], seen: usize) -> Vec<f32> {
         let mut out = vec![0.0; positions.len()];
-        let seen = within.end as usize;
         let head = Head { place: Place::default(), seen, positions, scores: [mass, &[], &[]] };
-        score.worth(head, &within, &mut out).to_vec()
+        let ordinals: Vec<i32> = positions.iter().map(|&p| if p < 0 { i32::MAX } else { p }).collect();
+        score.worth(head, Open { ordinals: &ordinals, bound: seen as i32 }, &mut out).to_vec()
     }
 
     #[test]
@@ -196,7 +202,7 @@ mod tests {
         // Slot 3 is queued, slot 1 empty; 20 is too far from 10, and 21 and 22 are recent.
         let positions = [10, -1, 5, -1, 7, 20, 21, 22];
         let mass = [1.0, 90.0, 4.0, 80.0, 2.0, 0.5, 60.0, 70.0];
-        let pooled = worth(&Pooled(3), &positions, &mass, 0..21);
+        let pooled = worth(&Pooled(3), &positions, &mass, 21);
         assert_eq!(pooled, [2.0, 0.0, 4.0, 0.0, 4.0, 0.5, 0.0, 0.0]);
     }
 
@@ -224,7 +230,7 @@ mod tests {
         average.cover(seen);
         let mass: Vec<f32> =
             positions.iter().map(|&position| mass(position, spec.mass_decay(), spec.look_gap() as i32)).collect();
-        worth(&Averaged(&average), positions, &mass, 0..seen as i32)
+        worth(&Averaged(&average), positions, &mass, seen)
     }
 
     #[test]

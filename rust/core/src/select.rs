@@ -17,7 +17,7 @@ pub fn ordinal(score: f32) -> i32 {
     (bits ^ (sign as u32 >> 1) as i32).wrapping_sub(sign)
 }
 
-/// The ordinals that take part: how many, the smallest and the largest.
+/// The ordinals that take part, and where to begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Field {
     /// How many.
@@ -26,6 +26,10 @@ pub struct Field {
     pub least: i32,
     /// None is above this one.
     pub most: i32,
+    /// The first guess: it changes the number of counts, never the result.
+    pub near: i32,
+    /// How many are below that.
+    pub below_near: usize,
 }
 
 /// What is taken: ordinals above `ordinal`, and those equal to it at `position` or later.
@@ -53,16 +57,14 @@ impl Cut {
 
 /// How many numbers are below `bound`.
 #[inline(always)]
-pub(crate) fn below(numbers: &[i32], bound: i32) -> usize {
+fn below(numbers: &[i32], bound: i32) -> usize {
     numbers.iter().map(|&number| u32::from(bound > number)).sum::<u32>() as usize
 }
 
 /// Where to cut so that `k` of the field are taken, at least one of which stays outside. `positions` settle ties.
-///
-/// `near` is where the last search of this kind ended, which is where this one begins, as heads resemble each other: it changes the number
-/// of counts, never the result. `counted` ordinals are below it.
 #[inline(always)]
-pub fn cut(ordinals: &[i32], positions: &[i32], k: usize, field: Field, near: &mut i32, counted: usize) -> Cut {
+#[must_use]
+pub fn cut(ordinals: &[i32], positions: &[i32], k: usize, field: Field) -> Cut {
     debug_assert!(0 < k && k < field.count);
     // `low` takes `over` too many, `high` takes `under` too few.
     let (mut low, mut over) = (i64::from(field.least), field.count - k);
@@ -73,14 +75,14 @@ pub fn cut(ordinals: &[i32], positions: &[i32], k: usize, field: Field, near: &m
     while high - low > 1 {
         let width = high - low;
         let guess = match turn {
-            0 => i64::from(*near),
+            0 => i64::from(field.near),
             // Halving now and then bounds the number of turns whatever the distribution.
             _ if turn % 8 == 7 => low + width / 2,
             _ => low + (width as f64 * to_high / (to_high + to_low)) as i64,
         };
         let guess = guess.clamp(low + 1, high - 1);
-        let known = turn == 0 && guess == i64::from(*near);
-        let count = field.count - if known { counted } else { below(ordinals, guess as i32) };
+        let known = guess == i64::from(field.near);
+        let count = field.count - if known { field.below_near } else { below(ordinals, guess as i32) };
         let again = if moved_low == Some(count > k) { 0.5 } else { 1.0 };
         moved_low = Some(count > k);
         if count > k {
@@ -91,13 +93,11 @@ pub fn cut(ordinals: &[i32], positions: &[i32], k: usize, field: Field, near: &m
             (to_high, to_low) = (to_high * again, under as f64);
         }
         if under == 0 {
-            *near = guess as i32;
             return Cut { ordinal: guess as i32, position: i32::MIN };
         }
         turn += 1;
     }
     let ordinal = low as i32;
-    *near = ordinal;
     let tied = ordinals.iter().zip(positions).filter(|&(&other, _)| other == ordinal);
     let mut tied: Vec<i32> = tied.map(|(_, &position)| position).collect();
     let from = tied.len() - under;
@@ -116,9 +116,11 @@ mod tests {
             let mut ordinals: Vec<i32> =
                 (0..scores.len()).map(|i| if i % 7 == 6 { OUTSIDE } else { ordinal(scores[i]) }).collect();
             let part = || ordinals.iter().copied().filter(|&ordinal| ordinal < OUTSIDE);
-            let field = Field { count: part().count(), least: part().min().unwrap(), most: part().max().unwrap() };
-            let counted = below(&ordinals, *near);
-            let bound = cut(&ordinals, positions, k, field, near, counted).settle(&mut ordinals, positions);
+            let (least, most) = (part().min().unwrap(), part().max().unwrap());
+            let field = Field { count: part().count(), least, most, near: *near, below_near: below(&ordinals, *near) };
+            let cut = cut(&ordinals, positions, k, field);
+            *near = cut.ordinal;
+            let bound = cut.settle(&mut ordinals, positions);
             (0..scores.len()).filter(|&i| i % 7 != 6 && ordinals[i] >= bound).collect()
         }
     }

@@ -1,7 +1,6 @@
 //! Vector instructions, chosen when the program runs, so that one portable wheel uses what the machine has.
 //!
-//! Plain loops in [`vectorised`] functions are compiled once per instruction set and vectorised by the compiler. Only what it cannot do by
-//! itself, moving chosen elements side by side, is written out.
+//! Plain loops in [`vectorised`] functions are compiled once per instruction set and vectorised by the compiler.
 
 use std::sync::OnceLock;
 
@@ -105,49 +104,25 @@ macro_rules! vectorised {
 }
 pub(crate) use vectorised;
 
-/// The arguments of [`pack`].
-struct Pack<'a, const N: usize> {
-    keys: &'a [i32],
-    bound: i32,
-    index: &'a mut [i32],
-    from: [&'a [i32]; N],
-    to: [&'a mut [i32]; N],
-}
-
-/// Move side by side, in order, the numbers of all `keys` below `bound` into `index`, and those entries of each list in `from` into `to`,
-/// and return how many that is. All have one length; what is behind the copies means nothing.
-pub(crate) fn pack<const N: usize>(
-    keys: &[i32],
-    bound: i32,
-    index: &mut [i32],
-    from: [&[i32]; N],
-    to: [&mut [i32]; N],
-) -> usize {
-    let n = keys.len();
-    let (index, from, to) = (&mut index[..n], from.map(|list| &list[..n]), to.map(|list| &mut list[..n]));
-    let mut work = Pack { keys, bound, index, from, to };
-    match arch() {
-        #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
-        Arch::V4(simd) => simd.vectorize(avx2::Eights(work, *simd)),
-        #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
-        Arch::V3(simd) => simd.vectorize(avx2::Eights(work, simd)),
-        _ => work.one_by_one(0, 0),
+/// The places of all `keys` below `bound`, ascending, in `room`, whose contents do not matter.
+pub(crate) fn places<'a>(keys: &[i32], bound: i32, room: &'a mut Vec<i32>) -> &'a mut [i32] {
+    if room.len() < keys.len() {
+        room.resize(keys.len(), 0);
     }
-}
-
-impl<const N: usize> Pack<'_, N> {
-    /// From the `first` key on, `count` having been moved before.
-    fn one_by_one(&mut self, first: usize, mut count: usize) -> usize {
-        for (i, &key) in self.keys.iter().enumerate().skip(first) {
-            // Always written, kept only if it is meant: no branch to predict.
-            self.index[count] = i as i32;
-            for list in 0..N {
-                self.to[list][count] = self.from[list][i];
-            }
-            count += usize::from(key < self.bound);
-        }
-        count
+    let out = &mut room[..keys.len()];
+    let (done, mut count) = match arch() {
+        #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
+        Arch::V4(simd) => simd.vectorize(avx2::Places { keys, bound, out, simd: *simd }),
+        #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
+        Arch::V3(simd) => simd.vectorize(avx2::Places { keys, bound, out, simd }),
+        _ => (0, 0),
+    };
+    for (i, &key) in keys.iter().enumerate().skip(done) {
+        // Always written, kept only if it is meant: no branch to predict.
+        out[count] = i as i32;
+        count += usize::from(key < bound);
     }
+    &mut room[..count]
 }
 
 #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
@@ -156,9 +131,13 @@ mod avx2 {
 
     use pulp::{NullaryFnOnce, x86::V3};
 
-    use super::Pack;
-
-    pub(super) struct Eights<'a, const N: usize>(pub(super) Pack<'a, N>, pub(super) V3);
+    /// Find [`super::places`] of all whole eights; returns how many keys that were, and how many places.
+    pub(super) struct Places<'a> {
+        pub(super) keys: &'a [i32],
+        pub(super) bound: i32,
+        pub(super) out: &'a mut [i32],
+        pub(super) simd: V3,
+    }
 
     /// For every set of eight lanes the lanes that are in it, a byte each, first ones lowest.
     static MEMBERS: [i64; 256] = {
@@ -178,33 +157,26 @@ mod avx2 {
         table
     };
 
-    impl<const N: usize> NullaryFnOnce for Eights<'_, N> {
-        type Output = usize;
+    impl NullaryFnOnce for Places<'_> {
+        type Output = (usize, usize);
 
         #[inline(always)]
-        fn call(self) -> usize {
-            let Self(mut work, V3 { avx, avx2, .. }) = self;
-            let Pack { keys, bound, index, from, to } = &mut work;
+        fn call(self) -> (usize, usize) {
+            let Self { keys, bound, out, simd: V3 { avx, avx2, .. } } = self;
             let (keys, _) = keys.as_chunks::<8>();
-            let from = from.each_ref().map(|list| list.as_chunks::<8>().0);
-            let (bounds, mut numbers) = (avx._mm256_set1_epi32(*bound), avx._mm256_set1_epi32(0));
-            let (eight, mut count) = (avx._mm256_set1_epi32(8), 0);
-            for (i, &keys) in keys.iter().enumerate() {
+            let (bounds, eight) = (avx._mm256_set1_epi32(bound), avx._mm256_set1_epi32(8));
+            let (mut first, mut count) = (avx._mm256_set1_epi32(0), 0);
+            for &keys in keys {
                 let meant = avx2._mm256_cmpgt_epi32(bounds, pulp::cast(keys));
                 let set = avx._mm256_movemask_ps(avx._mm256_castsi256_ps(meant)) as usize & 255;
                 let members = avx2._mm256_cvtepu8_epi32(pulp::cast([MEMBERS[set], 0]));
-                // Eight are written, whatever is meant: no more were moved than read, so there is room.
-                let own = avx2._mm256_add_epi32(members, numbers);
-                index[count..count + 8].copy_from_slice(&pulp::cast::<_, [i32; 8]>(own));
-                for list in 0..N {
-                    let packed = avx2._mm256_permutevar8x32_epi32(pulp::cast(from[list][i]), members);
-                    to[list][count..count + 8].copy_from_slice(&pulp::cast::<_, [i32; 8]>(packed));
-                }
-                numbers = avx2._mm256_add_epi32(numbers, eight);
+                // Eight are written, whatever is meant: no more were found than read, so there is room.
+                let own = avx2._mm256_add_epi32(members, first);
+                out[count..count + 8].copy_from_slice(&pulp::cast::<_, [i32; 8]>(own));
+                first = avx2._mm256_add_epi32(first, eight);
                 count += set.count_ones() as usize;
             }
-            let whole = 8 * keys.len();
-            work.one_by_one(whole, count)
+            (8 * keys.len(), count)
         }
     }
 }
@@ -230,20 +202,13 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn packing_agrees_with_a_filter() {
+    fn places_are_those_of_a_filter() {
         for len in [0, 1, 7, 8, 9, 17, 64, 131] {
             for bound in [i32::MIN, -3, 0, 20, 96, i32::MAX] {
                 let keys: Vec<i32> = (0..len).map(|i| if i % 5 == 3 { i32::MAX } else { i * 7919 % 101 - 4 }).collect();
-                let lists: [Vec<i32>; 3] =
-                    [(0..len).collect(), (0..len).rev().collect(), (0..len).map(|i| -i * i).collect()];
-                let kept = |list: &Vec<i32>| -> Vec<i32> {
-                    list.iter().zip(&keys).filter(|&(_, &key)| key < bound).map(|(&value, _)| value).collect()
-                };
+                let naive: Vec<i32> = (0..len).filter(|&i| keys[i as usize] < bound).collect();
                 everywhere(|| {
-                    let [mut index, mut a, mut b] = lists.each_ref().map(|list| vec![7; list.len()]);
-                    let count = pack(&keys, bound, &mut index, [&lists[1], &lists[2]], [&mut a, &mut b]);
-                    let packed = [index, a, b].map(|list| list[..count].to_vec());
-                    assert_eq!(packed, lists.each_ref().map(kept));
+                    assert_eq!(places(&keys, bound, &mut vec![7; 5]), naive);
                 });
             }
         }

@@ -1,7 +1,5 @@
 //! A strategy with its parameters resolved: a row of the table, ready for use.
 
-use std::hash::{Hash, Hasher};
-
 use crate::error::{Result, fail};
 use crate::params::{ADAPTIVE, Name, PARAMETERS, Value, Values, in_range};
 use crate::score::{Average, Averaged, Drawn, Mass, Pooled, Score};
@@ -128,12 +126,6 @@ impl Spec {
         }
     }
 
-    /// Whether attention is weighted with the length of the value vectors.
-    #[must_use]
-    pub fn value_weighted(&self) -> bool {
-        self.values.flag(Name::ValueWeighted)
-    }
-
     /// A look at a token counts once this many tokens lie between: 0 counts a token's own query, 1 the next one.
     #[must_use]
     pub fn look_gap(&self) -> usize {
@@ -220,15 +212,6 @@ impl Spec {
 impl PartialEq for Spec {
     fn eq(&self, other: &Self) -> bool {
         (self.strategy.name, self.budget, self.values) == (other.strategy.name, other.budget, other.values)
-    }
-}
-
-impl Eq for Spec {}
-
-impl Hash for Spec {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        // Ratios are left out: those that are equal need not have equal bits.
-        (self.strategy.name, self.budget, self.interval(), self.look_gap()).hash(state);
     }
 }
 

@@ -99,6 +99,25 @@ where
     });
 }
 
+/// The same for work that may fail: all is done, and the error of the first item that has one is returned.
+pub(crate) fn try_for_each<I, F>(threads: usize, items: I, work: F) -> Result<()>
+where
+    I: Iterator + Send,
+    I::Item: Send,
+    F: Fn(I::Item) -> Result<()> + Sync,
+{
+    let first = Mutex::new(None);
+    for_each(threads, items.enumerate(), |(i, item)| {
+        if let Err(error) = work(item) {
+            let mut first = first.lock().unwrap_or_else(PoisonError::into_inner);
+            if first.as_ref().is_none_or(|&(known, _)| i < known) {
+                *first = Some((i, error));
+            }
+        }
+    });
+    first.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), |(_, error)| Err(error))
+}
+
 fn together<I, F>(pool: &rayon::ThreadPool, threads: usize, items: I, work: F)
 where
     I: Iterator + Send,

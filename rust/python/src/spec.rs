@@ -141,7 +141,7 @@ impl PySpec {
     /// Whether probabilities are weighted with the length of the value vectors.
     #[getter]
     fn value_weighted(&self) -> bool {
-        self.0.value_weighted()
+        self.0.values().flag(Name::ValueWeighted)
     }
 
     /// A look at a token counts from this distance on, in tokens.
@@ -198,7 +198,8 @@ impl PySpec {
     fn __hash__(&self) -> u64 {
         use std::hash::{DefaultHasher, Hash, Hasher};
         let mut hasher = DefaultHasher::new();
-        self.0.hash(&mut hasher);
+        // Ratios are left out: those that are equal need not have equal bits.
+        (self.strategy(), self.0.budget(), self.0.interval(), self.0.look_gap()).hash(&mut hasher);
         hasher.finish()
     }
 

@@ -1,13 +1,13 @@
 //! A call of the model from its first to its last step: the slots that are overwritten now, and those that are next.
 
 use super::{
-    Call, Failure, Ledger, Ring, SCRATCH, Shape, Slots, WORTH_THREADS, at, most_victims, needed, per_row, score_error,
+    Call, Ledger, MEMORY, Memory, Ring, Shape, Slots, WORTH_THREADS, at, most_victims, needed, per_row, score_error,
     wrap,
 };
-use crate::decide::{Decided, Rule, Shown};
+use crate::decide::Rule;
 use crate::error::{Result, fail};
-use crate::head::Place;
-use crate::simd::vectorised;
+use crate::head::{Head, Place};
+use crate::simd::{places, vectorised};
 use crate::split::MOST_TOKENS;
 use crate::threads;
 use crate::view::{View, ViewMut};
@@ -131,13 +131,12 @@ impl Ledger {
         let heavy = spec.heavy(average.as_ref());
         let rule = Rule { split, adaptive: spec.adaptive(), heavy: &*heavy };
         let scores = slots.scores.as_ref().filter(|_| spec.strategy().scored);
-        let positions = &*slots.positions;
-        let failure = Failure::default();
-        let threads = if positions.len() < WORTH_THREADS { 1 } else { self.threads };
+        let stored = &*slots.positions;
+        let threads = if stored.len() < WORTH_THREADS { 1 } else { self.threads };
         let entries = most_victims(spec);
         let heads = chosen.chunks_exact_mut(entries).enumerate();
         let heads = heads.filter(|&(head, _)| due[shape.place(head).row] > 0);
-        threads::for_each(threads, heads, |(head, queue)| {
+        threads::try_for_each(threads, heads, |(head, queue)| {
             let (place, here) = (shape.place(head), shape.of(head));
             let scores = [
                 scores.map_or(&[][..], |(mass, _)| &mass[here.clone()]),
@@ -149,59 +148,51 @@ impl Ledger {
                 }),
             ];
             let (ring, due) = (rings[place.row], due[place.row]);
-            let shown = Shown { place, seen: seen[place.row], stored: &positions[here], columns: &[], scores };
-            SCRATCH.with_borrow_mut(|scratch| {
-                let [a, b] = ring.parts(entries);
-                let decided = scratch.decide(shown, [&queue[a], &queue[b]], Some(&rule));
-                match decided.map_err(|bad| score_error(place, bad)).and_then(|decided| victims(place, decided, due)) {
-                    Ok(victims) => {
-                        let [a, b] = Ring { start: wrap(ring.start + ring.len, entries), len: due }.parts(entries);
-                        let (first, second) = victims.split_at(a.len());
-                        queue[a].copy_from_slice(first);
-                        queue[b].copy_from_slice(second);
-                    }
-                    Err(error) => failure.note(head, error),
+            MEMORY.with_borrow_mut(|Memory { scratch, positions, places: room }| {
+                positions.clear();
+                positions.extend_from_slice(&stored[here]);
+                for slot in ring.parts(entries).into_iter().flat_map(|part| &queue[part]) {
+                    positions[*slot as usize] = -1;
                 }
-            });
-        });
-        failure.first()
+                let head = Head { place, seen: seen[place.row], positions, scores };
+                head.check().map_err(|bad| score_error(place, bad))?;
+                let open = scratch.decide(head, &rule);
+                let victims = places(open.ordinals, open.bound, room);
+                if victims.len() != due {
+                    let (at, n) = (at(place), victims.len());
+                    fail!(Cache, "{at} offers {n} victims where {due} are due: positions were changed from outside");
+                }
+                oldest_first(victims, positions);
+                let [a, b] = Ring { start: wrap(ring.start + ring.len, entries), len: due }.parts(entries);
+                let (first, second) = victims.split_at(a.len());
+                queue[a].copy_from_slice(first);
+                queue[b].copy_from_slice(second);
+                Ok(())
+            })
+        })
     }
 }
-
-/// The slots that a head gives up next, oldest first.
-fn victims(place: Place, Decided { dropped, positions, .. }: Decided<'_>, due: usize) -> Result<&[i32]> {
-    if dropped.len() != due {
-        let n = dropped.len();
-        fail!(Cache, "{} offers {n} victims where {due} are due: positions were changed from outside", at(place));
-    }
-    oldest_first(dropped, positions);
-    Ok(dropped)
-}
-
-/// As many victims are compared with each other rather than sorted.
-const FEW: usize = 64;
 
 vectorised! {
     /// Put slots in the order of their positions.
     fn oldest_first<'a>(slots: &'a mut [i32], positions: &'a [i32]) -> () {
-        let n = slots.len();
-        if n <= FEW {
-            let (mut own, mut older) = ([0; FEW], [0u32; FEW]);
+        // As many are compared with each other rather than sorted.
+        const FEW: usize = 64;
+        let (mut own, mut older, mut ordered) = ([i32::MAX; FEW], [0u32; FEW], [-1; FEW]);
+        if slots.len() <= FEW {
             own.iter_mut().zip(&*slots).for_each(|(own, &slot)| *own = positions[slot as usize]);
-            for &other in &own[..n] {
+            for &other in &own[..slots.len()] {
                 for (older, &own) in older.iter_mut().zip(&own) {
                     *older += u32::from(other < own);
                 }
             }
-            // One of every two is older, unless they are equally old, which in a sound ledger none are.
-            if older[..n].iter().sum::<u32>() as usize == n * n.saturating_sub(1) / 2 {
-                let mut ordered = [0; FEW];
-                slots.iter().zip(older).for_each(|(&slot, older)| ordered[older as usize] = slot);
-                slots.copy_from_slice(&ordered[..n]);
-                return;
-            }
+            slots.iter().zip(older).for_each(|(&slot, older)| ordered[older as usize] = slot);
         }
-        slots.sort_unstable_by_key(|&slot| (positions[slot as usize], slot));
+        match ordered.get(..slots.len()) {
+            // None is missing unless two are equally old, which in a sound ledger none are.
+            Some(ordered) if !ordered.contains(&-1) => slots.copy_from_slice(ordered),
+            _ => slots.sort_unstable_by_key(|&slot| (positions[slot as usize], slot)),
+        }
     }
 }
 

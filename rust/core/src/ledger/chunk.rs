@@ -1,10 +1,13 @@
 //! Calls that bring a row two tokens or more: which of the stored and the new ones stay.
 
-use super::{Call, Failure, Ledger, Place, SCRATCH, Shape, Slots, WORTH_THREADS, at, needed, score_error};
-use crate::decide::{Decided, Rule, Shown};
+use std::ops::Range;
+
+use super::{Call, Ledger, MEMORY, Memory, Place, Shape, Slots, WORTH_THREADS, at, needed, score_error};
+use crate::decide::Rule;
 use crate::error::{Result, fail};
-use crate::head::{DISTINCT, Scores};
-use crate::simd::pack;
+use crate::head::{DISTINCT, Head, Scores};
+use crate::score::Open;
+use crate::simd::places;
 use crate::threads;
 use crate::view::{View, ViewMut};
 
@@ -15,14 +18,6 @@ pub struct ChunkScores<'a> {
     pub scores: Option<(View<'a, f32, 3>, View<'a, f32, 3>)>,
     /// How far each key points from the mean of all candidates' keys; needed where the tokens do not all fit.
     pub distinct: Option<View<'a, f32, 3>>,
-}
-
-/// What a layer's chunk comes to, before it is written.
-struct Plan {
-    /// The column that goes into each slot, or -1, `[rows of the call, kv_heads, slots]`.
-    source: Vec<i32>,
-    /// Positions of the columns, -1 for padding, `[rows of the call, columns]`.
-    columns: Vec<i32>,
 }
 
 impl Ledger {
@@ -65,156 +60,137 @@ impl Ledger {
             fail!(Tensor, "columns must have one column per new token, got none");
         }
 
-        let plan = self.plan(slots, layer, ranks, known, distinct)?;
-        self.keep(slots, layer, &plan, known, source);
-        if let Some(call) = &mut self.call {
-            call.decided[layer] = true;
-        }
-        Ok(())
-    }
-
-    /// Decide head by head; nothing is written before every head succeeded.
-    fn plan(
-        &self,
-        slots: &Slots<'_>,
-        layer: usize,
-        ranks: View<'_, i32, 2>,
-        known: ChunkScores<'_>,
-        distinct: Option<&[f32]>,
-    ) -> Result<Plan> {
-        let Some(Call { rows, lengths, .. }) = &self.call else { fail!(Cache, "chunk must come after begin") };
-        let Shape { kv_heads, slots: per_head, .. } = self.shape;
-        let n = ranks.shape()[1];
         let mut columns = ranks.data().to_vec();
         for (i, row) in columns.chunks_exact_mut(n.max(1)).enumerate() {
-            let before = (self.seen[rows[i]] - lengths[i]) as i32;
+            let before = (self.seen[call.rows[i]] - call.lengths[i]) as i32;
             for rank in row {
                 *rank = if *rank < 0 { -1 } else { before + *rank };
             }
         }
-        let scores = known.scores.filter(|_| self.spec.strategy().scored);
-        // Zeros come untouched from the system, and each thread fills its own.
-        let mut source = vec![0; rows.len() * kv_heads * per_head];
-        let failure = Failure::default();
-        let heads = source.chunks_exact_mut(per_head).enumerate().filter(|(i, _)| lengths[i / kv_heads] > 1);
-        threads::for_each(self.chunk_threads(rows.len(), n), heads, |(i, source)| {
+        // Head by head; nothing is written before every head succeeded. Zeros come untouched from the system, and each thread fills its own.
+        let mut plan = vec![0; rows * kv_heads * per_head];
+        let heads = plan.chunks_exact_mut(per_head).enumerate();
+        threads::try_for_each(self.chunk_threads(n), heads, |(i, source)| {
             let row = i / kv_heads;
-            let wide = i * (per_head + n)..(i + 1) * (per_head + n);
-            let place = Place { layer, row: rows[row], kv_head: i % kv_heads };
+            if call.lengths[row] < 2 {
+                source.fill(-1);
+                return Ok(());
+            }
+            let place = Place { layer, row: call.rows[row], kv_head: i % kv_heads };
             let stored = &slots.positions[self.shape.of(self.shape.head(place))];
+            let wide = i * (per_head + n)..(i + 1) * (per_head + n);
+            let scores = known.scores.filter(|_| self.spec.strategy().scored);
             let scores = [
                 scores.map_or(&[][..], |(mass, _)| &mass.data()[wide.clone()]),
                 scores.map_or(&[][..], |(_, peak)| &peak.data()[wide.clone()]),
                 distinct.map_or(&[][..], |distinct| &distinct[wide]),
             ];
-            let candidates = [stored, &columns[row * n..][..n]];
-            if let Err(error) = self.fill(place, lengths[row], candidates, scores, source) {
-                failure.note(i, error);
-            }
-        });
-        failure.first()?;
-        Ok(Plan { source, columns })
+            MEMORY.with_borrow_mut(|memory| {
+                memory.positions.clear();
+                memory.positions.extend_from_slice(stored);
+                memory.positions.extend_from_slice(&columns[row * n..][..n]);
+                self.fill(place, call.lengths[row], scores, memory, source)
+            })
+        })?;
+        let heads = source.data().chunks_exact_mut(per_head).zip(plan.chunks_exact(per_head));
+        threads::for_each(self.chunk_threads(n), heads, |(source, plan)| source.copy_from_slice(plan));
+        self.keep(slots, layer, &columns, known, &plan);
+        let Some(Call { rows, lengths, decided, .. }) = &mut self.call else { return Ok(()) };
+        decided[layer] = true;
+        for (&row, &len) in rows.iter().zip(&*lengths).filter(|(_, len)| **len > 1) {
+            let (before, after) = (self.seen[row] - len, self.seen[row]);
+            self.evictions += ((before.min(per_head) + len - after.min(per_head)) * kv_heads) as u64;
+        }
+        Ok(())
     }
 
-    /// Fill `source` with the column that goes into each slot of a head.
+    /// Fill `source` with the column that goes into each slot of a head; the positions of its candidates are in `memory`.
     fn fill(
         &self,
         place: Place,
         len: usize,
-        [stored, columns]: [&[i32]; 2],
         scores: Scores<'_>,
+        Memory { scratch, positions, places: room }: &mut Memory,
         source: &mut [i32],
     ) -> Result<()> {
         let seen = self.seen[place.row];
-        let (count, due) = (stored.iter().filter(|&&p| p >= 0).count(), self.stored(seen - len));
+        let (slots, due) = (source.len(), self.stored(seen - len));
+        let count = positions[..slots].iter().filter(|&&position| position >= 0).count();
         if count != due {
             let place = at(place);
             fail!(Cache, "{place} stores {count} tokens where {due} are due: positions were changed from outside");
         }
-        let full = count + len > stored.len();
-        if full && self.spec.distinct() && scores[DISTINCT].is_empty() {
-            fail!(Tensor, "{} needs distinct, got None", self.spec.strategy().name);
+        let head = Head { place, seen, positions, scores };
+        head.check().map_err(|bad| score_error(place, bad))?;
+        if count + len > slots {
+            if self.spec.distinct() && scores[DISTINCT].is_empty() {
+                fail!(Tensor, "{} needs distinct, got None", self.spec.strategy().name);
+            }
+            let heavy = self.spec.heavy(self.average.as_ref());
+            let rule = Rule { split: self.spec.split(slots), adaptive: self.spec.adaptive(), heavy: &*heavy };
+            let Open { ordinals, bound } = scratch.decide(head, &rule);
+            for (position, &ordinal) in positions.iter_mut().zip(ordinals) {
+                *position = if ordinal < bound { -1 } else { *position };
+            }
         }
-        let heavy = self.spec.heavy(self.average.as_ref());
-        let rule = Rule { split: self.spec.split(stored.len()), adaptive: self.spec.adaptive(), heavy: &*heavy };
-        let shown = Shown { place, seen, stored, columns, scores };
-        SCRATCH.with_borrow_mut(|scratch| {
-            let decided = scratch.decide(shown, [&[]; 2], full.then_some(&rule));
-            let Decided { dropped, positions, room } = decided.map_err(|bad| score_error(place, bad))?;
-            for &i in dropped.iter() {
-                positions[i as usize] = -1;
-            }
-            // The oldest of the columns that stay goes into the first slot that is free.
-            let (slots, columns) = positions.split_at_mut(stored.len());
-            for position in columns.iter_mut() {
-                *position = !*position;
-            }
-            let count = pack(columns, 0, room, [], []);
-            let mut staying = room[..count].iter().copied();
-            for (source, &position) in source.iter_mut().zip(&*slots) {
-                *source = if position < 0 { staying.next().unwrap_or(-1) } else { -1 };
-            }
-            Ok(())
-        })
+        // The oldest of the columns that stay goes into the first slot that is free.
+        let (slots, columns) = positions.split_at_mut(slots);
+        for position in columns.iter_mut() {
+            *position = !*position;
+        }
+        let mut staying = places(columns, 0, room).iter().copied();
+        for (source, &mut position) in source.iter_mut().zip(slots) {
+            *source = if position < 0 { staying.next().unwrap_or(-1) } else { -1 };
+        }
+        Ok(())
     }
 
     /// Write what was decided.
-    fn keep(
-        &mut self,
-        slots: &mut Slots<'_>,
-        layer: usize,
-        plan: &Plan,
-        known: ChunkScores<'_>,
-        source: &mut ViewMut<'_, i32, 3>,
-    ) {
-        let Some(Call { rows, own, lengths, .. }) = &self.call else { return };
+    fn keep(&self, slots: &mut Slots<'_>, layer: usize, columns: &[i32], known: ChunkScores<'_>, source: &[i32]) {
         let Shape { kv_heads, slots: per_head, .. } = self.shape;
-        let n = plan.columns.len() / rows.len().max(1);
-        let threads = self.chunk_threads(rows.len(), n);
-        let of_layer =
-            layer * self.shape.rows * kv_heads * per_head..(layer + 1) * self.shape.rows * kv_heads * per_head;
-        let mut targets: Vec<Option<[&mut [f32]; 2]>> = match &mut slots.scores {
-            Some((mass, peak)) => {
-                let peaks = peak[of_layer.clone()].chunks_exact_mut(per_head);
-                mass[of_layer.clone()].chunks_exact_mut(per_head).zip(peaks).map(|(m, p)| Some([m, p])).collect()
-            }
-            None => (0..self.shape.rows * kv_heads).map(|_| None).collect(),
-        };
-        let heads = (slots.positions[of_layer.clone()].chunks_exact_mut(per_head))
-            .zip(&mut targets)
-            .enumerate()
-            .filter_map(|(i, head)| own[i / kv_heads].map(|row| (row, row * kv_heads + i % kv_heads, head)))
-            .filter(|&(row, ..)| lengths[row] > 1);
-        threads::for_each(threads, heads, |(row, i, (positions, targets))| {
-            let source = &plan.source[i * per_head..][..per_head];
-            let columns = &plan.columns[row * n..][..n];
-            for (position, &column) in positions.iter_mut().zip(source).filter(|(_, column)| **column >= 0) {
+        let n = columns.len() * kv_heads * per_head / source.len();
+        let source = |i: usize| &source[i * per_head..][..per_head];
+        self.for_each_head(layer, n, slots.positions, |_, i, positions| {
+            let columns = &columns[i / kv_heads * n..][..n];
+            for (position, &column) in positions.iter_mut().zip(source(i)).filter(|(_, column)| **column >= 0) {
                 *position = columns[column as usize];
             }
-            if let (Some(targets), Some((mass, peak))) = (targets, known.scores) {
-                for (to, from) in targets.iter_mut().zip([mass, peak]) {
-                    let (stored, new) = from.data()[i * (per_head + n)..][..per_head + n].split_at(per_head);
-                    for ((to, &from), &position) in to.iter_mut().zip(stored).zip(&*positions) {
-                        *to = if position < 0 { 0.0 } else { from };
-                    }
-                    for (to, &column) in to.iter_mut().zip(source).filter(|(_, column)| **column >= 0) {
-                        *to = new[column as usize];
-                    }
+        });
+        let (Some((mass, peak)), Some(new)) = (&mut slots.scores, known.scores) else { return };
+        for (scores, new) in [(mass, new.0), (peak, new.1)] {
+            self.for_each_head(layer, n, scores, |here, i, scores| {
+                let (stored, new) = new.data()[i * (per_head + n)..][..per_head + n].split_at(per_head);
+                for ((to, &from), &position) in scores.iter_mut().zip(stored).zip(&slots.positions[here]) {
+                    *to = if position < 0 { 0.0 } else { from };
                 }
-            }
-        });
-        let heads = source.data().chunks_exact_mut(per_head).zip(plan.source.chunks_exact(per_head)).enumerate();
-        threads::for_each(threads, heads, |(i, (to, from))| {
-            if lengths[i / kv_heads] > 1 { to.copy_from_slice(from) } else { to.fill(-1) }
-        });
-        for (&row, &len) in rows.iter().zip(lengths).filter(|(_, len)| **len > 1) {
-            let dropped = self.stored(self.seen[row] - len) + len - self.stored(self.seen[row]);
-            self.evictions += (dropped * kv_heads) as u64;
+                for (to, &column) in scores.iter_mut().zip(source(i)).filter(|(_, column)| **column >= 0) {
+                    *to = new[column as usize];
+                }
+            });
         }
     }
 
+    /// Run `work` on the part that each head of a layer has in a slot tensor, if its row has a chunk: where that is, and which head of the
+    /// call it is.
+    fn for_each_head<T: Send>(
+        &self,
+        layer: usize,
+        n: usize,
+        tensor: &mut [T],
+        work: impl Fn(Range<usize>, usize, &mut [T]) + Sync,
+    ) {
+        let (Shape { rows, kv_heads, slots, .. }, Some(call)) = (self.shape, &self.call) else { return };
+        let heads = tensor.chunks_exact_mut(slots).enumerate().skip(layer * rows * kv_heads).take(rows * kv_heads);
+        let heads = heads.filter_map(|(head, part)| {
+            let row = call.own[self.shape.place(head).row].filter(|&row| call.lengths[row] > 1)?;
+            Some((self.shape.of(head), row * kv_heads + head % kv_heads, part))
+        });
+        threads::for_each(self.chunk_threads(n), heads, |(here, i, part)| work(here, i, part));
+    }
+
     /// Threads that a layer of a chunk of `n` columns is worth.
-    fn chunk_threads(&self, rows: usize, n: usize) -> usize {
+    fn chunk_threads(&self, n: usize) -> usize {
+        let rows = self.call.as_ref().map_or(0, |call| call.rows.len());
         if (self.shape.slots + n) * rows * self.shape.kv_heads < WORTH_THREADS { 1 } else { self.threads }
     }
 }

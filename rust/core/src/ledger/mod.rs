@@ -10,7 +10,6 @@ mod rows;
 pub use chunk::ChunkScores;
 
 use std::cell::RefCell;
-use std::sync::{Mutex, PoisonError};
 
 use crate::decide::Scratch;
 use crate::error::{Error, Result, fail};
@@ -23,8 +22,17 @@ use crate::view::{View, ViewMut};
 /// Slots to decide about below which helpers cost more than they bring.
 const WORTH_THREADS: usize = 1 << 16;
 
+/// Reusable memory of one thread.
+#[derive(Default)]
+struct Memory {
+    scratch: Scratch,
+    /// Positions of a head's candidates.
+    positions: Vec<i32>,
+    places: Vec<i32>,
+}
+
 thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
+    static MEMORY: RefCell<Memory> = RefCell::default();
 }
 
 /// Extents of the slot tensors.
@@ -322,26 +330,6 @@ fn most_victims(spec: &Spec) -> usize {
 
 fn wrap(i: usize, len: usize) -> usize {
     if i >= len { i - len } else { i }
-}
-
-/// The error of the first head, whichever thread found it.
-#[derive(Default)]
-struct Failure(Mutex<Option<(usize, Error)>>);
-
-impl Failure {
-    fn note(&self, head: usize, error: Error) {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.as_ref().is_none_or(|(first, _)| head < *first) {
-            *known = Some((head, error));
-        }
-    }
-
-    fn first(self) -> Result<()> {
-        match self.0.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            Some((_, error)) => Err(error),
-            None => Ok(()),
-        }
-    }
 }
 
 fn at(Place { layer, row, kv_head }: Place) -> String {
