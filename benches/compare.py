@@ -33,7 +33,7 @@ def race(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str,
 
 
 def scores(rows: int, n: int, seed: int) -> torch.Tensor:
-    """Attention-like scores: a few large, most tiny; none so small that an average of it is 0 in one build and not in another."""
+    """Attention-like scores: a few large, most tiny; none so small that its average is 0 in one build only."""
     return torch.rand(rows, n, generator=torch.Generator().manual_seed(seed)).pow(8).clamp_min(1e-20)
 
 
