@@ -124,15 +124,19 @@ class Geometry:
         return tuple(i for i, layer in enumerate(self.layers) if layer.kind != Kind.NONE and layer.source == i)
 
     @property
-    def plain(self) -> bool:
-        """Whether every layer attends to slots of its own, in no window that only masks tell, and keeps no state."""
+    def replayable(self) -> bool:
+        """Whether the decode kernels serve every layer that attends: all tokens, or a window that it is told of."""
         return all(
-            layer.kind in (Kind.FULL, Kind.WINDOW)
-            and layer.told
-            and layer.source == i
-            and layer.key_dim == layer.value_dim
-            and not layer.state
-            for i, layer in enumerate(self.layers)
+            layer.kind == Kind.NONE
+            or (layer.kind in (Kind.FULL, Kind.WINDOW) and layer.told and layer.key_dim == layer.value_dim)
+            for layer in self.layers
+        )
+
+    @property
+    def own(self) -> bool:
+        """Whether every layer attends to slots of its own, and keeps nothing else."""
+        return all(
+            layer.kind != Kind.NONE and layer.source == i and not layer.state for i, layer in enumerate(self.layers)
         )
 
     @property

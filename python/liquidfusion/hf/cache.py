@@ -411,18 +411,20 @@ class KVCache(Cache, Serves):
         return output
 
     def _graph_for(self, step: Step) -> Graph | None:
-        """What replays this call on the GPU: one real token per row, layers alike and on one device."""
-        alike = self._geometry.plain and len(self._groups.all) == 1 and not (self._rotary or self._seen.every_call)
-        if not self._seen.columns or not step.decodes or not alike or not self._groups.all[0].spec.bounded:
+        """What replays this call on the GPU: one real token per row, all layers served by the kernels of one device."""
+        groups, odd = self._groups, self._rotary is not None or self._seen.every_call
+        if not self._seen.columns or not step.decodes or not self._geometry.replayable or odd:
             return None
-        group = self._groups.all[0]
-        if self._graph is None or self._graph.ledger is not group.ledger:
-            where = group.devices
+        if self._graph is None or self._graph.ledgers != [group.ledger for group in groups.all]:
+            where = set().union(*(group.devices for group in groups.all))
             if len(where) > 1 or not kernels.available(where.pop()):
                 return None
-            if not all(layer is not None and layer.replayable for layer in group.slots):
+            slots = [layer for group in groups.all for layer in group.slots]
+            if not all(group.spec.bounded for group in groups.all):
                 return None
-            self._graph = Graph(self.model, group, self._run, self.evicting)
+            if not all(layer is not None and layer.replayable for layer in slots):
+                return None
+            self._graph = Graph(self.model, groups, self._geometry, self._states.all, self._run, self.evicting)
         return self._graph
 
     def _past(self) -> Past:

@@ -255,6 +255,10 @@ class States:
             if state is not None
         }
 
+    def all(self) -> list[Tensor]:
+        """Those that exist."""
+        return list(self.tensors().values())
+
     @property
     def nbytes(self) -> int:
         """Bytes of all of them."""

@@ -261,7 +261,9 @@ class RowCache(KVCache):
     def _graph_of(self) -> RowGraph | None:
         """What runs decode steps on a GPU: layers alike and on one device."""
         group = self._groups.all[0]
-        if len(self._groups.all) > 1 or self._rotary is not None or not group.spec.bounded or not self._geometry.plain:
+        if len(self._groups.all) > 1 or self._rotary is not None or not group.spec.bounded:
+            return None
+        if not self._geometry.replayable or not self._geometry.own:
             return None
         if self._seen.every_call:
             return None

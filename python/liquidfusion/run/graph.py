@@ -1,9 +1,7 @@
 """Decode on CUDA: one graph per step, and victims that are chosen beside it.
 
-The device consumes reuse queues through a ring of `2 * interval` slot numbers per (layer, row, kv head). Every
-`interval` steps the scores are copied to pinned memory on a second stream, the Rust core chooses victims while the next
-step runs, and they go into the half of the ring that is already consumed. A slot is only ever reused through the ring,
-at a step fixed beforehand, so the overlapped run equals the stalling one bit for bit.
+Layers that are kept alike form a group, and each group's slots are reused through a ring of its own (`reuse.py`); all
+layers of a step, whatever their group, are in one graph.
 """
 
 from __future__ import annotations
@@ -11,7 +9,8 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -20,13 +19,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from liquidfusion.compute import kernels
+from liquidfusion.compute import kernels, softmax
 from liquidfusion.compute.codes import rotation
+from liquidfusion.compute.looks import Rule
 from liquidfusion.compute.softmax import How
-from liquidfusion.exceptions import CacheError, UnsupportedError
+from liquidfusion.exceptions import UnsupportedError
+from liquidfusion.geometry import Geometry, Kind
 from liquidfusion.options import Run
 from liquidfusion.run.backend import Backend, attending
-from liquidfusion.state.group import Group
+from liquidfusion.run.reuse import Reuse
+from liquidfusion.state.group import Groups
+from liquidfusion.state.ledger import Scores
 from liquidfusion.state.sides import Coded
 from liquidfusion.state.slots import Slots
 
@@ -45,29 +48,63 @@ GRAPH_INPUTS = frozenset(
 """Arguments of `forward` under which the captured graph computes what an eager call would."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Slots that a layer attends to.
+
+    `slots`, `scores`: what is stored, and what stands beside. `ring`: the slots that coming steps overwrite, int32
+    `[rows, kv_heads, entries]`. `rule`: how looks become scores. `reads`: whether they are another layer's, which the
+    layer reads and leaves as they are.
+    """
+
+    slots: Slots
+    scores: Scores
+    ring: Tensor
+    rule: Rule
+    reads: bool = False
+
+
 class DecodeStep(Backend):
-    """A decode step as the attention layers see it: every layer goes through the decode kernel.
+    """A decode step as the attention layers see it: every layer with slots goes through the decode kernel.
 
     Plain values and lists: torch.compile traces through this object.
+
+    Parameters
+    ----------
+    places : sequence of Place or None
+        Of each layer of the model; None for one that does not attend.
+    device : torch.device
+        Where all of them are.
+    used, seen, active : Tensor
+        Steps taken, tokens read and whether a row reads one, int32 `[rows]` each.
     """
 
     def __init__(
         self,
-        group: Group,
+        places: Sequence[Place | None],
         device: torch.device,
-        ring: Tensor,
         used: Tensor,
         seen: Tensor,
         active: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.slots: list[Slots] = [layer for layer in group.slots if layer is not None]
-        self.scores = [group.ledger.at(index, device) for index in range(group.ledger.layers)]
-        self.rings = list(ring.unbind())
-        self.used, self.seen, self.active, self.rule = used, seen, active, group.rule
-        self.coded = [_coding(slots, device) for slots in self.slots]
+        self.places = list(places)
+        self.used, self.seen, self.active = used, seen, active
+        self.reads = frozenset(i for i, place in enumerate(self.places) if place is not None and place.reads)
+        self.coded = [None if place is None else _coding(place.slots, device) for place in self.places]
+        self.layers = sum(place is not None for place in self.places)
         self.layer = -1
         self.attended = 0
+
+    @property
+    def slots(self) -> list[Slots]:
+        """What is stored, of each layer that has slots of its own."""
+        return [place.slots for place in self.places if place is not None and not place.reads]
+
+    @property
+    def scores(self) -> list[Scores]:
+        """What stands beside, likewise."""
+        return [place.scores for place in self.places if place is not None and not place.reads]
 
     def take(self, layer: int) -> None:
         """Note which layer attends next."""
@@ -75,9 +112,15 @@ class DecodeStep(Backend):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
         """Write and attend one token per row: `[batch, heads, 1, head_dim]` in and out."""
-        slots, scores = self.slots[self.layer], self.scores[self.layer]
-        slots.check(self.layer, key)
+        place = self.places[self.layer]
+        assert place is not None  # a layer that attends
+        slots, scores, rule = place.slots, place.scores, place.rule
         self.attended += 1
+        if place.reads:
+            # The layer whose slots these are has attended before, and written the token that is read now.
+            mask = softmax.visible(self.seen[:, None], scores.positions, how.window)
+            return softmax.attend(query, *slots.read(), mask, how, None)
+        slots.check(self.layer, key)
         coded = self.coded[self.layer]
         decode: Any = kernels.decode if coded is None else kernels.decode_coded
         out = decode(
@@ -88,17 +131,17 @@ class DecodeStep(Backend):
             scores.positions,
             scores.mass,
             scores.peak,
-            self.rings[self.layer],
+            place.ring,
             self.used,
             self.seen,
             sinks=how.sinks,
             scale=how.scale,
-            mass_decay=self.rule.mass_decay,
-            peak_decay=self.rule.peak_decay,
-            value_weighted=self.rule.value_weighted,
+            mass_decay=rule.mass_decay,
+            peak_decay=rule.peak_decay,
+            value_weighted=rule.value_weighted,
             softcap=how.softcap,
             window=how.window,
-            look_gap=self.rule.look_gap,
+            look_gap=rule.look_gap,
             active=self.active,
             **(coded or {}),
         )
@@ -125,56 +168,67 @@ def _coding(slots: Slots, device: torch.device) -> dict[str, Any] | None:
 
 
 class Graph:
-    """Runs decode steps on one device while the host's ledger follows behind.
+    """Runs decode steps on one device while the host's ledgers follow behind.
 
     Parameters
     ----------
     model : PreTrainedModel
         Whose steps they are.
-    group : Group
-        All of its layers, on one device.
+    groups : Groups
+        All of its layers that have slots, on one device.
+    geometry : Geometry
+        Of the model.
+    states : callable
+        Gives the tensors beside the slots that a step changes in place: recurrent and convolution states.
     run : Run
         `graph`: capture the step in a CUDA graph at the second step; the first one warms up, and both are real.
         `compile`: let torch.compile fuse what lies between the kernels. `overlap`: False waits for each decision
         instead of running beside it; same results, slower.
     evicting : bool
-        False: reuse the ring's slots in turn and decide nothing, to measure what eviction costs.
+        False: reuse the rings' slots in turn and decide nothing, to measure what eviction costs.
     """
 
-    def __init__(self, model: PreTrainedModel, group: Group, run: Run, evicting: bool) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        groups: Groups,
+        geometry: Geometry,
+        states: Callable[[], Iterable[Tensor]],
+        run: Run,
+        evicting: bool,
+    ) -> None:
         self._model = weakref.ref(model)  # as the cache: neither keeps its memory
-        self.group, self.ledger, self.spec = group, group.ledger, group.spec
-        self.run, self._capturing, self._evicting = run, run.graph, evicting
-        self.device = group.devices.pop()
+        self.run, self._capturing, self._evicting, self._states = run, run.graph, evicting, states
+        self.ledgers = [group.ledger for group in groups.all]
+        (self.device,) = set().union(*(group.devices for group in groups.all))
         self._gpu = self.device.type == "cuda"
-        batch = self.ledger.batch
-        ring = (*self.ledger.shape[:3], 2 * self.spec.interval)
+        self.reuses = [Reuse(group, self.device, run.overlap) for group in groups.all]
+        batch = self.ledgers[0].batch
         with torch.inference_mode(False):
-            self.ring = torch.zeros(ring, dtype=torch.int32, device=self.device)
-            self._ring_host = torch.zeros(ring, dtype=torch.int32, device="cpu", pin_memory=self._gpu)
-            self._peeked = torch.zeros(ring, dtype=torch.int32, device="cpu")
             self.used = torch.zeros(batch, dtype=torch.int32, device=self.device)
             self.seen = torch.zeros(batch, dtype=torch.int32, device=self.device)
             self._ids = torch.zeros((batch, 1), dtype=torch.int64, device=self.device)
             self._positions = torch.zeros((batch, 1), dtype=torch.int64, device=self.device)
-        self._staging: Tensor | None = None
-        self._distinct: Tensor | None = None  # of the decision under way
-        self._worth: Tensor | None = None  # the same where it is computed
-        if self._gpu:
-            self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-            self._scores_copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._ring_copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.running = False
-        self._steps = 0  # since `start`, all launched
-        self._replayed = 0  # of them, known to the host's ledger
-        self._due = 0  # step after which the ring must be refilled
-        self._deciding = False
         self._compiled: Callable[..., Any] | None = None
         self._captured: tuple[torch.cuda.CUDAGraph, Any] | None = None
         self._captured_with: list[int] = []
         self._warned = False
         self._warm = False
-        self._backend = DecodeStep(group, self.device, self.ring, self.used, self.seen)
+        self._backend = DecodeStep(self._places(groups, geometry), self.device, self.used, self.seen)
+
+    def _places(self, groups: Groups, geometry: Geometry) -> Iterator[Place | None]:
+        for number, layer in enumerate(geometry.layers):
+            if layer.kind == Kind.NONE:
+                yield None
+                continue
+            which, index = groups.places[layer.source]
+            reuse = self.reuses[which]
+            slots = reuse.group.slots[index]
+            assert slots is not None  # the prompt has filled them
+            yield Place(
+                slots, reuse.ledger.at(index, self.device), reuse.ring[index], reuse.group.rule, layer.source != number
+            )
 
     @property
     def captured(self) -> bool:
@@ -183,41 +237,36 @@ class Graph:
 
     @property
     def pending(self) -> int:
-        """Steps that the host's ledger does not know of yet."""
-        return self._steps - self._replayed
+        """Steps that the host's ledgers do not know of yet, of the first group."""
+        return self.reuses[0].pending
 
     def start(self) -> None:
-        """Take over from the host's ledger, which is complete."""
+        """Take over from the host's ledgers, which are complete."""
         if self.running:
             return
         self.running = True
         if self._captured is not None and self._captured_with != self._weights():
             self._captured = None  # it reads memory that the weights have left
-        self.ledger.wait()
-        self._steps = self._replayed = 0
         self.used.zero_()
-        self.seen.copy_(torch.tensor(self.ledger.core.seen, dtype=torch.int32, device="cpu"))
-        if self._gpu:
-            self._copies.wait_stream(torch.cuda.current_stream(self.device))
-        self._refill()
-        if self._gpu:
-            torch.cuda.current_stream(self.device).wait_event(self._ring_copied)
+        self.seen.copy_(torch.tensor(self.ledgers[0].core.seen, dtype=torch.int32, device="cpu"))
+        for reuse in self.reuses:
+            reuse.start()
 
     def stop(self) -> None:
-        """Bring the host's ledger up to date and hand over to it."""
+        """Bring the host's ledgers up to date and hand over to them."""
         if not self.running:
             return
-        self._join()
-        self._replay(last_open=False)
-        if self._steps:
-            self.ledger.attended([1] * self.ledger.batch)
+        for reuse in self.reuses:
+            reuse.stop()
         self.running = False
 
     def abandon(self) -> None:
         """Forget the steps taken: the slots are emptied next."""
         if self._gpu:
             torch.cuda.synchronize(self.device)
-        self._deciding = self.running = False
+        for reuse in self.reuses:
+            reuse.abandon()
+        self.running = False
 
     def step(self, forward: Callable[..., Any], inputs: dict[str, Any], columns: int) -> Any:
         """Run one decode step.
@@ -237,24 +286,20 @@ class Graph:
             The caller's own: a later step does not change it.
         """
         # Triton launches, and graphs are captured, on the current device.
-        with torch.cuda.device_of(self.ring):  # type: ignore[no-untyped-call]
+        with torch.cuda.device_of(self.used):  # type: ignore[no-untyped-call]
             return self._step(forward, inputs, columns)
 
     def _step(self, forward: Callable[..., Any], inputs: dict[str, Any], columns: int) -> Any:
         self.start()
-        if self._gpu:
-            torch.cuda.current_stream(self.device).wait_event(self._ring_copied)
+        for reuse in self.reuses:
+            reuse.wait()
         plain = set(inputs) <= GRAPH_INPUTS and inputs.get("return_dict") is not False
         if self._capturing and self._gpu and plain and inputs.get("input_ids") is not None and not self._autocast():
             output = self._graph_step(forward, inputs, columns)
         else:
             output = self._run(forward, inputs)
-        if not self._evicting:
-            return output
-        self._steps += 1
-        self._join()
-        if self._steps >= self._due:
-            self._decide()
+        for reuse in self.reuses if self._evicting else ():
+            reuse.stepped()
         return output
 
     def _autocast(self) -> bool:
@@ -273,18 +318,18 @@ class Graph:
         return True
 
     def _weights(self) -> list[int]:
-        """Where the weights are."""
+        """Where the weights are, and the states that a step changes."""
         model = self._model()
         assert model is not None  # it is running
-        return list(_addresses(chain(model.parameters(), model.buffers())))
+        return list(_addresses(chain(model.parameters(), model.buffers(), self._states())))
 
     def _run(self, forward: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         self._backend.attended = 0
         with attending(self._backend, compiled=self._compiled is not None):
             output = forward(**inputs)
-        if self._compiled is None and self._backend.attended != self.ledger.layers:
+        if self._compiled is None and self._backend.attended != self._backend.layers:
             raise UnsupportedError(
-                f"the model ran {self._backend.attended} of {self.ledger.layers} attention layers through the cache"
+                f"the model ran {self._backend.attended} of {self._backend.layers} attention layers through the cache"
             )
         self.used.add_(1)
         self.seen.add_(1)
@@ -301,7 +346,7 @@ class Graph:
         static |= {"input_ids": self._ids, "position_ids": self._positions}
         if self.run.compile and self._compiled is None:
             # The step bound by memory, one token per row: a matrix product of one row is best a fused reduction.
-            options: dict[str, Any] = {"coordinate_descent_tuning": self.ledger.batch == 1}
+            options: dict[str, Any] = {"coordinate_descent_tuning": len(self._ids) == 1}
             self._compiled = torch.compile(forward, dynamic=False, options=options)
         step = self._compiled or forward
         if not self._warm:
@@ -334,103 +379,6 @@ class Graph:
                 gc.enable()
         self._captured_with = self._weights()
         return graph, output
-
-    def _decide(self) -> None:
-        """At a watermark: let the host's ledger catch up and, where a queue runs low, start copying the scores."""
-        self._replay(last_open=True)
-        due = bool(self.ledger.due())
-        self._distinct = self._distinctness() if due and self.spec.distinct else None
-        if self.spec.scored and due:
-            self._deciding = True
-            self._copy_scores()
-            if not self.run.overlap or not self._gpu:
-                self._join()
-            else:
-                self._due = self._steps + 2 * self.spec.interval  # set for good when the decision is joined
-        else:
-            self.ledger.finish(self._distinct)
-            if self._gpu:
-                # The host may be ahead: the ring is written once the step launched last has read its entry.
-                self._copies.wait_stream(torch.cuda.current_stream(self.device))
-            self._refill()
-
-    def _copy_scores(self) -> None:
-        host = self.ledger.host.attention()
-        assert host is not None
-        layers = [self.ledger.at(index, self.device).attention() or () for index in range(self.ledger.layers)]
-        here = [scores for kind in zip(*layers, strict=True) for scores in kind]
-        if not self._gpu:
-            torch._foreach_copy_([scores for kind in host for scores in kind], here)
-            return
-        if self._staging is None:
-            with torch.inference_mode(False):
-                self._staging = torch.empty((2, *self.ledger.shape), dtype=torch.float32, device=self.device)
-        torch._foreach_copy_(list(self._staging.flatten(0, 1)), here)
-        self._copies.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._copies):
-            for own, newest in zip(host, self._staging, strict=True):
-                own.copy_(newest, non_blocking=True)
-            if self._worth is not None and self._distinct is not None:
-                self._distinct.copy_(self._worth, non_blocking=True)
-            self._scores_copied.record(self._copies)
-
-    def _distinctness(self) -> Tensor:
-        """Distinctness of the tokens that no victim is chosen of yet, `[layers, batch, kv_heads, slots]` on the CPU.
-
-        On a GPU where scores are copied, too, it is there when they are.
-        """
-        if not (self._gpu and self.spec.scored):
-            return self.group.distinctness()
-        if self._worth is None:
-            with torch.inference_mode(False):
-                self._worth = torch.empty(self.ledger.shape, dtype=torch.float32, device=self.device)
-                self._worth_host = torch.empty(self.ledger.shape, dtype=torch.float32, device="cpu", pin_memory=True)
-        size, slots = self.ring.shape[3], self.ledger.slots
-        # What is left of the queues is in the ring, from the entry that the next step takes.
-        lengths = torch.tensor(self.ledger.core.queue_lengths(), device=self.device)
-        waiting = (torch.arange(size, device=self.device) - self._replayed) % size < lengths[:, None]
-        for index in range(self.ledger.layers):
-            held = torch.nn.functional.pad(self._backend.scores[index].positions >= 0, (0, 1))
-            taken = self.ring[index].long().where(waiting[:, None], slots)
-            held.scatter_(2, taken, False)
-            self._worth[index] = self._backend.slots[index].distinctness(held[..., :slots].contiguous())
-        return self._worth_host
-
-    def _join(self) -> None:
-        """Finish the decision under way, if any, and send its victims to the ring."""
-        if not self._deciding:
-            return
-        self._deciding = False
-        if self._gpu:
-            self._scores_copied.synchronize()
-        self.ledger.finish(self._distinct)
-        self._refill()
-
-    def _refill(self) -> None:
-        """Write the queue's first entries into the ring; what is there already is written again unchanged."""
-        core, size = self.ledger.core, self._peeked.shape[3]
-        if self._gpu:
-            self._ring_copied.synchronize()  # the pinned buffer is free again
-        core.peek(self._peeked, [0] * self.ledger.batch)
-        self._ring_host.copy_(self._peeked.roll(self._replayed % size, 3))
-        self._due = self._replayed + min(size, *core.queue_lengths()) - self.spec.interval
-        if not self._gpu:
-            self.ring.copy_(self._ring_host)
-            return
-        with torch.cuda.stream(self._copies):
-            self.ring.copy_(self._ring_host, non_blocking=True)
-            self._ring_copied.record(self._copies)
-
-    def _replay(self, last_open: bool) -> None:
-        """Tell the host's ledger of the steps since; the last one stays open for the decision that follows it."""
-        core, ones = self.ledger.core, [1] * self.ledger.batch
-        for step in range(self._replayed, self._steps):
-            core.begin(ones, self.ledger.written)
-            if step + 1 < self._steps or not last_open:
-                if self.ledger.due() and step + 1 < self._steps:
-                    raise CacheError("a decision was missed: this is a defect of liquidfusion")
-                self.ledger.finish()
-        self._replayed = self._steps
 
 
 def _addresses(tensors: Iterable[Tensor]) -> Iterator[int]:

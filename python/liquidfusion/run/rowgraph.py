@@ -19,7 +19,7 @@ from torch import Tensor
 from liquidfusion.exceptions import CacheError
 from liquidfusion.options import Run
 from liquidfusion.run.backend import Backend
-from liquidfusion.run.graph import DecodeStep
+from liquidfusion.run.graph import DecodeStep, Place
 from liquidfusion.run.rowscores import RowScores, Sent
 from liquidfusion.run.sampling import upload
 from liquidfusion.state.group import Group
@@ -72,9 +72,12 @@ class RowGraph:
     def _backend(self, size: int) -> DecodeStep:
         rows = range(size)
         part = Part(self._group, rows)
-        return DecodeStep(
-            part, self._device, self._ring[:, :size], self._used[:size], self._seen[:size], self._active[:size]
-        )
+        places = [
+            Place(slots, part.ledger.at(index, self._device), self._ring[index, :size], part.rule)
+            for index, slots in enumerate(part.slots)
+            if slots is not None
+        ]
+        return DecodeStep(places, self._device, self._used[:size], self._seen[:size], self._active[:size])
 
     def warm(self) -> None:
         """Capture every size; no row is active, so nothing changes."""
