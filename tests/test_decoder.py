@@ -7,7 +7,10 @@ import pytest
 import torch
 
 import liquidfusion as lf
+from classes.families import cases
+from classes.probe import load, prompt
 from liquidfusion.compute import kernels
+from liquidfusion.geometry import Geometry
 from tiny import build, cache_keyword, cached, defaults, tiny
 
 pytestmark = [
@@ -70,6 +73,46 @@ def test_the_generic_path_serves_what_the_decoder_cannot(monkeypatch, positions)
     own, own_kept = steps()
     torch.testing.assert_close(own, logits)
     assert torch.equal(own_kept, kept)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "groups"), [("gemma2", 2), ("gpt_oss", 2), ("qwen3_next", 1), ("gemma3n_text", 2), ("falcon_h1", 1)]
+)
+def test_layers_kept_in_several_ways_are_one_step(monkeypatch, name, groups):
+    """Windows beside full attention, sinks, recurrent states, layers that read another's slots: as without a graph."""
+    case = next((case for case in cases() if case.name == name), None)
+    if case is None:
+        pytest.skip("this transformers has no such class")
+    model, inputs = load(case), prompt((17, 26))
+    results = []
+    for replayed in (False, True):
+        monkeypatch.setattr(kernels, "available", lambda device, replayed=replayed: replayed)  # noqa: ARG005
+        cache = lf.KVCache(model, lf.Strategy("liquid_fusion", eviction_interval=2), 24)
+        texts = []
+        for _ in range(2):
+            given = {"max_new_tokens": 8, "do_sample": False, cache_keyword(model): cache}
+            texts.append(model.generate(**inputs, **given))
+            kept = [cache.positions(layer).sort(-1).values for layer in cache._groups.places]
+            evictions = cache.evictions
+            assert (cache._graph is not None) == replayed
+            cache.reset()
+        assert torch.equal(*texts)
+        assert len(cache._groups.all) == groups
+        results.append((texts[0], kept, evictions))
+    (tokens, kept, evictions), (expected, theirs, evicted) = results
+    assert torch.equal(tokens, expected)
+    assert all(map(torch.equal, kept, theirs))
+    assert evictions == evicted
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "llama4_text", "mimo_v2_flash"])
+def test_what_the_kernels_do_not_know_is_not_replayed(name):
+    """Latents, chunks, values of another size than keys."""
+    case = next((case for case in cases() if case.name == name), None)
+    if case is None:
+        pytest.skip("this transformers has no such class")
+    assert not Geometry.of(load(case)).replayable
 
 
 def test_reset_and_a_second_prompt_start_over(monkeypatch):
