@@ -10,7 +10,6 @@ import liquidfusion as lf
 from classes.families import cases
 from classes.probe import load, prompt
 from liquidfusion.compute import kernels
-from liquidfusion.geometry import Geometry
 from tiny import build, cache_keyword, cached, defaults, tiny
 
 pytestmark = [
@@ -77,10 +76,21 @@ def test_the_generic_path_serves_what_the_decoder_cannot(monkeypatch, positions)
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("name", "groups"), [("gemma2", 2), ("gpt_oss", 2), ("qwen3_next", 1), ("gemma3n_text", 2), ("falcon_h1", 1)]
+    ("name", "groups"),
+    [
+        ("gemma2", 2),
+        ("gpt_oss", 2),
+        ("qwen3_next", 1),
+        ("gemma3n_text", 2),
+        ("falcon_h1", 1),
+        ("deepseek_v3", 1),
+        ("minicpm3", 1),
+        ("llama4_text", 2),
+        ("mimo_v2_flash", 2),
+    ],
 )
 def test_layers_kept_in_several_ways_are_one_step(monkeypatch, name, groups):
-    """Windows beside full attention, sinks, recurrent states, layers that read another's slots: as without a graph."""
+    """Windows and chunks beside full attention, sinks, states, another's slots, latents: as without a graph."""
     case = next((case for case in cases() if case.name == name), None)
     if case is None:
         pytest.skip("this transformers has no such class")
@@ -104,15 +114,6 @@ def test_layers_kept_in_several_ways_are_one_step(monkeypatch, name, groups):
     assert torch.equal(tokens, expected)
     assert all(map(torch.equal, kept, theirs))
     assert evictions == evicted
-
-
-@pytest.mark.parametrize("name", ["deepseek_v3", "llama4_text", "mimo_v2_flash"])
-def test_what_the_kernels_do_not_know_is_not_replayed(name):
-    """Latents, chunks, values of another size than keys."""
-    case = next((case for case in cases() if case.name == name), None)
-    if case is None:
-        pytest.skip("this transformers has no such class")
-    assert not Geometry.of(load(case)).replayable
 
 
 def test_reset_and_a_second_prompt_start_over(monkeypatch):

@@ -10,6 +10,7 @@ import importlib.util
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -97,13 +98,14 @@ def naive_decode(q, k, v, keys, values, positions, mass, peak, ring, used, seen,
     slots = ring[rows, :, used.long() % ring.shape[2]].long()
     at = slots[..., None]
     keys.scatter_(2, at[..., None].expand(-1, -1, 1, keys.shape[3]), k[:, :, None])
-    values.scatter_(2, at[..., None].expand(-1, -1, 1, keys.shape[3]), v[:, :, None])
+    values.scatter_(2, at[..., None].expand(-1, -1, 1, values.shape[3]), v[:, :, None])
     positions.scatter_(2, at, seen[:, None, None].expand_as(at))
     mass.scatter_(2, at, 0.0)
     peak.scatter_(2, at, 0.0)
     visible = positions >= 0
     if options["window"]:
-        visible &= seen[:, None, None] - positions < options["window"]
+        reach = seen % options["window"] + 1 if options.get("chunked") else torch.full_like(seen, options["window"])
+        visible &= seen[:, None, None] - positions < reach[:, None, None]
     out, p = naive(q[:, :, None], keys, values, visible[:, :, None], options["scale"], options["softcap"], sinks)
     p = p[:, :, 0]
     p = p * (seen[:, None, None] - positions >= options["look_gap"])
@@ -176,6 +178,86 @@ def test_decode_groups(group):
 @pytest.mark.parametrize(("window", "softcap", "weighted"), [(9, 0.0, False), (0, 2.0, True), (5, 3.0, True)])
 def test_decode_window_and_softcap(window, softcap, weighted):
     check_decode(*decode_case(7, torch.float32, 2, 64, window=window, softcap=softcap, weighted=weighted))
+
+
+@pytest.mark.parametrize("window", [1, 8])
+def test_decode_chunks(window):
+    arguments, options = decode_case(8, torch.float32, 2, 64, window=window, weighted=True)
+    check_decode(arguments, options | {"chunked": True})
+
+
+@pytest.mark.parametrize("value_dim", [32, 80])
+def test_decode_values_of_another_size_than_keys(value_dim):
+    arguments, options = decode_case(12, torch.float32, 2, 96, weighted=True)
+    arguments[2], arguments[4] = arguments[2][..., :value_dim], arguments[4][..., :value_dim].contiguous()
+    check_decode(arguments, options)
+
+
+def latent_case(seed, dtype, group, rank, rotary, **case):
+    """A case of `decode` with one kv head whose values are the front of its keys, and the same for `decode_latent`."""
+    arguments, options = decode_case(seed, dtype, group, rank + rotary, kv_heads=1, **case)
+    arguments[2], arguments[4] = arguments[1][..., :rank], arguments[3][..., :rank]
+    own = [t.clone() for t in (*arguments[:2], arguments[3], *arguments[5:])]
+    return arguments, own, options, rank
+
+
+def check_latent(arguments, own, options, rank, **given):
+    expected = naive_decode(*arguments, **options)
+    out = kernels.decode_latent(*own, rank=rank, **given, **options)
+    close(out, expected[0], TOLERANCE[out.dtype])
+    for actual, wanted in zip(own[2:4], (expected[1], expected[3]), strict=True):
+        assert torch.equal(torch.nan_to_num(actual), torch.nan_to_num(wanted))
+    for actual, wanted in zip(own[4:6], expected[4:], strict=True):
+        close(actual, wanted, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "group", "rank", "rotary"),
+    [
+        (torch.float32, 4, 24, 8),
+        (torch.float32, 40, 256, 32),
+        (torch.bfloat16, 16, 512, 64),
+        (torch.float16, 20, 128, 16),
+    ],
+)
+def test_decode_latents(dtype, group, rank, rotary):
+    check_latent(*latent_case(group, dtype, group, rank, rotary, weighted=True))
+
+
+@pytest.mark.parametrize(("window", "softcap", "chunked"), [(9, 0.0, False), (0, 2.0, False), (8, 3.0, True)])
+def test_decode_latents_window_and_softcap(window, softcap, chunked):
+    arguments, own, options, rank = latent_case(7, torch.float32, 20, 32, 16, window=window, softcap=softcap)
+    check_latent(arguments, own, options | {"chunked": chunked}, rank)
+
+
+def test_decode_latents_leave_idle_rows():
+    arguments, own, options, rank = latent_case(3, torch.float32, 20, 32, 16, batch=3, weighted=True)
+    before = [t.clone() for t in own]
+    expected = naive_decode(*arguments, **options)
+    out = kernels.decode_latent(*own, rank=rank, active=torch.tensor([1, 0, 1], device=DEVICE).bool(), **options)
+    for row in (0, 2):
+        close(out[row], expected[0][row], 1e-5)
+        close(own[4][row], expected[4][row], 1e-4)
+    assert (out[1] == 0).all()
+    for actual, wanted in zip(own, before, strict=True):
+        assert torch.equal(torch.nan_to_num(actual[1]), torch.nan_to_num(wanted[1]))
+
+
+def test_decode_latents_unscored_and_with_sinks():
+    arguments, own, options, rank = latent_case(4, torch.float32, 20, 32, 16)
+    sinks = torch.linspace(-1, 3, 20, device=DEVICE)
+    expected = naive_decode(*arguments, **options, sinks=sinks)
+    own[4] = own[5] = None
+    close(kernels.decode_latent(*own, rank=rank, sinks=sinks, **options), expected[0], 1e-5)
+    assert torch.equal(own[3], expected[3])
+
+
+def test_decode_latents_are_one_node_of_a_compiled_graph():
+    arguments, own, options, rank = latent_case(5, torch.float32, 4, 32, 16, slots=40)
+    expected = naive_decode(*arguments, **options)
+    compiled = torch.compile(partial(kernels.decode_latent, rank=rank, **options), backend="eager", fullgraph=True)
+    close(compiled(*own), expected[0], 1e-5)
+    assert torch.equal(torch.nan_to_num(own[2]), torch.nan_to_num(expected[1]))
 
 
 @pytest.mark.parametrize("mass_decay", [0.0, 1.0])

@@ -124,13 +124,9 @@ class Geometry:
         return tuple(i for i, layer in enumerate(self.layers) if layer.kind != Kind.NONE and layer.source == i)
 
     @property
-    def replayable(self) -> bool:
-        """Whether the decode kernels serve every layer that attends: all tokens, or a window that it is told of."""
-        return all(
-            layer.kind == Kind.NONE
-            or (layer.kind in (Kind.FULL, Kind.WINDOW) and layer.told and layer.key_dim == layer.value_dim)
-            for layer in self.layers
-        )
+    def untold(self) -> frozenset[tuple[int, bool]]:
+        """Windows that masks alone tell attention of, in tokens, and whether they are chunks."""
+        return frozenset((layer.window, layer.kind == Kind.CHUNKED) for layer in self.layers if not layer.told)
 
     @property
     def own(self) -> bool:

@@ -19,7 +19,7 @@ from liquidfusion.compute.rotary import Rotary
 from liquidfusion.exceptions import CacheError, ConfigError, UnsupportedError
 from liquidfusion.geometry import Geometry, attention_configs, layer_devices
 from liquidfusion.hf.formats import fit, layer_formats, layers_kept, with_first
-from liquidfusion.hf.function import IMPLEMENTATION, REPLAYED
+from liquidfusion.hf.function import REPLAYED
 from liquidfusion.hf.hook import Forward, Serves, install, refuse_training, switched
 from liquidfusion.hf.layers import Seen, States, cache_layers
 from liquidfusion.options import SHORT, Run, Strategy, chosen, resolve
@@ -378,7 +378,7 @@ class KVCache(Cache, Serves):
         self._states.expect(step, self._seen.columns, self._geometry)
         graph = self._graph_for(step)
         try:
-            with switched(self._configs, IMPLEMENTATION if graph is None else REPLAYED):
+            with switched(self._configs) if graph is None else switched(self._configs, REPLAYED, graph.experts):
                 if graph is not None:
                     output = graph.step(forward, inputs, self._seen.columns)
                 else:
@@ -408,21 +408,20 @@ class KVCache(Cache, Serves):
             output = forward(**inputs)
         backend.close()
         self._seen.every_call |= backend.every_call
+        self._seen.windows = frozenset(backend.windows)
         return output
 
     def _graph_for(self, step: Step) -> Graph | None:
         """What replays this call on the GPU: one real token per row, all layers served by the kernels of one device."""
-        groups, odd = self._groups, self._rotary is not None or self._seen.every_call
-        if not self._seen.columns or not step.decodes or not self._geometry.replayable or odd:
+        groups, seen = self._groups, self._seen
+        odd = self._rotary is not None or seen.every_call or not self._geometry.untold <= seen.windows
+        if odd or not seen.columns or not step.decodes:
             return None
         if self._graph is None or self._graph.ledgers != [group.ledger for group in groups.all]:
             where = set().union(*(group.devices for group in groups.all))
             if len(where) > 1 or not kernels.available(where.pop()):
                 return None
-            slots = [layer for group in groups.all for layer in group.slots]
-            if not all(group.spec.bounded for group in groups.all):
-                return None
-            if not all(layer is not None and layer.replayable for layer in slots):
+            if not all(group.replayable for group in groups.all):
                 return None
             self._graph = Graph(self.model, groups, self._geometry, self._states.all, self._run, self.evicting)
         return self._graph

@@ -111,8 +111,9 @@ def _attend_latent(module: Any, backend: Backend, query: Tensor, _: Tensor, valu
     heads = query.shape[1]
     up = _expansion(module.kv_b_proj, latent).view(heads, -1, rank)
     key = torch.cat((latent, rotary), -1)
-    taken = torch.cat((query[..., :nope] @ up[:, :nope], query[..., nope:]), -1)
-    return backend.attend(taken, key, key[..., :rank], how) @ up[:, nope:].transpose(1, 2)
+    # By einsum, which multiplies all rows at once: a product that broadcasts would copy the matrices for each row.
+    taken = torch.cat((torch.einsum("bhcd,hdr->bhcr", query[..., :nope], up[:, :nope]), query[..., nope:]), -1)
+    return torch.einsum("bhcr,hdr->bhcd", backend.attend(taken, key, key[..., :rank], how), up[:, nope:])
 
 
 def _expansion(projection: nn.Module, latent: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from liquidfusion.exceptions import CacheError, UnsupportedError
 from liquidfusion.hf.function import IMPLEMENTATION, register
 from liquidfusion.run.backend import traced
+from liquidfusion.run.graph import GROUPED
 
 CACHE_KEYWORDS = ("cache", "past_key_values")
 """Names under which transformers passes a cache to `forward`: 5.24 and newer, and 5.17."""
@@ -145,16 +146,21 @@ def generating(model: PreTrainedModel, make: Makes) -> Iterator[None]:
 
 
 @contextmanager
-def switched(configs: Sequence[Any], implementation: str = IMPLEMENTATION) -> Iterator[None]:
-    """Run the attention layers that read these configurations through an implementation, ours by default."""
-    previous = [config._attn_implementation for config in configs]
+def switched(configs: Sequence[Any], implementation: str = IMPLEMENTATION, grouped: str = GROUPED) -> Iterator[None]:
+    """Run the attention layers that read these configurations through an implementation, ours by default.
+
+    `grouped`: what experts that would compute by grouped products compute by instead.
+    """
+    previous = [(config._attn_implementation, config._experts_implementation) for config in configs]
     try:
-        for config in configs:
+        for config, (_, experts) in zip(configs, previous, strict=True):
             config._attn_implementation = implementation
+            if experts == GROUPED:
+                config._experts_implementation = grouped
         yield
     finally:
-        for config, before in zip(configs, previous, strict=True):
-            config._attn_implementation = before
+        for config, (attention, experts) in zip(configs, previous, strict=True):
+            config._attn_implementation, config._experts_implementation = attention, experts
 
 
 def _reclass(model: PreTrainedModel) -> None:

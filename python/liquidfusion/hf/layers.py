@@ -28,7 +28,7 @@ class Seen:
 
     `columns`: of the model's inputs, padding included. `batch`: rows. `offsets`: position of each row's first token.
     `right`: whether a row's last prompt was padded on the right. `every_call`: whether the model's masks must be looked
-    at in every call.
+    at in every call. `windows`: those that masks have asked for in the latest call that looked at any, as in `Backend`.
     """
 
     columns: int = 0
@@ -36,6 +36,7 @@ class Seen:
     offsets: tuple[int, ...] = ()
     right: tuple[bool, ...] = ()
     every_call: bool = False
+    windows: frozenset[tuple[int, bool]] = frozenset()
 
     def add(self, step: Step) -> None:
         """Count a call that has run."""

@@ -261,13 +261,9 @@ class RowCache(KVCache):
     def _graph_of(self) -> RowGraph | None:
         """What runs decode steps on a GPU: layers alike and on one device."""
         group = self._groups.all[0]
-        if len(self._groups.all) > 1 or self._rotary is not None or not group.spec.bounded:
+        if len(self._groups.all) > 1 or self._rotary is not None or not group.replayable:
             return None
-        if not self._geometry.replayable or not self._geometry.own:
-            return None
-        if self._seen.every_call:
-            return None
-        if not all(slots is not None and slots.replayable for slots in group.slots):
+        if self._geometry.untold or not self._geometry.own or self._seen.every_call:
             return None
         if len(group.devices) > 1 or not kernels_run_on(next(iter(group.devices))):
             return None

@@ -30,7 +30,7 @@ from liquidfusion.run.backend import Backend, attending
 from liquidfusion.run.reuse import Reuse
 from liquidfusion.state.group import Groups
 from liquidfusion.state.ledger import Scores
-from liquidfusion.state.sides import Coded
+from liquidfusion.state.sides import Coded, Front
 from liquidfusion.state.slots import Slots
 
 GRAPH_INPUTS = frozenset(
@@ -48,13 +48,31 @@ GRAPH_INPUTS = frozenset(
 """Arguments of `forward` under which the captured graph computes what an eager call would."""
 
 
+GROUPED, BATCHED = "grouped_mm", "batched_mm"
+"""Ways in which transformers lets experts compute: each expert's tokens together, or each token by its own weights."""
+
+FEW = 8
+"""Rows up to which each row's experts are gathered: copies of their weights take memory."""
+
+
+def experts_way(rows: int, compiled: bool, weight: Tensor) -> str:
+    """How experts that compute by grouped products do so in a step of `rows` tokens that is replayed.
+
+    But for their fast path, bfloat16 on capability 9.0, torch's grouped products wait for the host, and no graph can be
+    captured. In a compiled step of one row the gather is a part of the product.
+    """
+    fast = weight.dtype == torch.bfloat16 and torch.cuda.get_device_capability(weight.device) >= (9, 0)
+    return BATCHED if rows <= FEW and not (fast and (rows > 1 or not compiled)) else GROUPED
+
+
 @dataclass(frozen=True)
 class Place:
     """Slots that a layer attends to.
 
     `slots`, `scores`: what is stored, and what stands beside. `ring`: the slots that coming steps overwrite, int32
     `[rows, kv_heads, entries]`. `rule`: how looks become scores. `reads`: whether they are another layer's, which the
-    layer reads and leaves as they are.
+    layer reads and leaves as they are. `window`, `chunked`: of a layer whose attention is told of its window in masks
+    only, and else 0.
     """
 
     slots: Slots
@@ -62,6 +80,8 @@ class Place:
     ring: Tensor
     rule: Rule
     reads: bool = False
+    window: int = 0
+    chunked: bool = False
 
 
 class DecodeStep(Backend):
@@ -91,7 +111,7 @@ class DecodeStep(Backend):
         self.places = list(places)
         self.used, self.seen, self.active = used, seen, active
         self.reads = frozenset(i for i, place in enumerate(self.places) if place is not None and place.reads)
-        self.coded = [None if place is None else _coding(place.slots, device) for place in self.places]
+        self.kernels = [(None, {}) if place is None else _kernel(place.slots, device) for place in self.places]
         self.layers = sum(place is not None for place in self.places)
         self.layer = -1
         self.attended = 0
@@ -115,18 +135,18 @@ class DecodeStep(Backend):
         place = self.places[self.layer]
         assert place is not None  # a layer that attends
         slots, scores, rule = place.slots, place.scores, place.rule
+        window, chunked = (place.window, place.chunked) if place.window else (how.window, how.chunked)
         self.attended += 1
         if place.reads:
             # The layer whose slots these are has attended before, and written the token that is read now.
-            mask = softmax.visible(self.seen[:, None], scores.positions, how.window)
+            mask = softmax.visible(self.seen[:, None], scores.positions, window, chunked)
             return softmax.attend(query, *slots.read(), mask, how, None)
         slots.check(self.layer, key)
-        coded = self.coded[self.layer]
-        decode: Any = kernels.decode if coded is None else kernels.decode_coded
+        decode, more = self.kernels[self.layer]
+        new = (key[:, :, 0],) if decode is kernels.decode_latent else (key[:, :, 0], value[:, :, 0])
         out = decode(
             query[:, :, 0],
-            key[:, :, 0],
-            value[:, :, 0],
+            *new,
             *slots.memory,
             scores.positions,
             scores.mass,
@@ -140,25 +160,28 @@ class DecodeStep(Backend):
             peak_decay=rule.peak_decay,
             value_weighted=rule.value_weighted,
             softcap=how.softcap,
-            window=how.window,
+            window=window,
+            chunked=chunked,
             look_gap=rule.look_gap,
             active=self.active,
-            **(coded or {}),
+            **more,
         )
         attended: Tensor = out[:, :, None]
         return attended
 
 
-def _coding(slots: Slots, device: torch.device) -> dict[str, Any] | None:
-    """What the kernel over codes is told of a layer; None for one without codes."""
+def _kernel(slots: Slots, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    """The kernel that decodes over a layer's slots, and what it alone is told of them."""
+    if isinstance(slots.values, Front):
+        return kernels.decode_latent, {"rank": slots.values.width}
     if not slots.coded:
-        return None
+        return kernels.decode, {}
     sides = (slots.keys, slots.values)
     one = next(side.coding for side in sides if isinstance(side, Coded))
     mean = slots.keys.coding.rotated_mean(device) if isinstance(slots.keys, Coded) else None
     bits = tuple(side.coding.bits if isinstance(side, Coded) else 16 for side in sides)
     first = [side.first if isinstance(side, Coded) else None for side in sides]
-    return {
+    return kernels.decode_coded, {
         "rotation": rotation(one.width, device),
         "mean": mean,
         "bits": bits,
@@ -204,6 +227,8 @@ class Graph:
         self._gpu = self.device.type == "cuda"
         self.reuses = [Reuse(group, self.device, run.overlap) for group in groups.all]
         batch = self.ledgers[0].batch
+        replays = self._gpu and run.graph
+        self.experts = experts_way(batch, run.compile, next(model.parameters())) if replays else GROUPED
         with torch.inference_mode(False):
             self.used = torch.zeros(batch, dtype=torch.int32, device=self.device)
             self.seen = torch.zeros(batch, dtype=torch.int32, device=self.device)
@@ -215,7 +240,7 @@ class Graph:
         self._captured_with: list[int] = []
         self._warned = False
         self._warm = False
-        self._backend = DecodeStep(self._places(groups, geometry), self.device, self.used, self.seen)
+        self._backend = DecodeStep(list(self._places(groups, geometry)), self.device, self.used, self.seen)
 
     def _places(self, groups: Groups, geometry: Geometry) -> Iterator[Place | None]:
         for number, layer in enumerate(geometry.layers):
@@ -227,7 +252,13 @@ class Graph:
             slots = reuse.group.slots[index]
             assert slots is not None  # the prompt has filled them
             yield Place(
-                slots, reuse.ledger.at(index, self.device), reuse.ring[index], reuse.group.rule, layer.source != number
+                slots,
+                reuse.ledger.at(index, self.device),
+                reuse.ring[index],
+                reuse.group.rule,
+                layer.source != number,
+                0 if layer.told else layer.window,
+                layer.kind == Kind.CHUNKED,
             )
 
     @property

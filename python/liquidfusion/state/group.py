@@ -53,6 +53,11 @@ class Group:
         return {device_of(layer) for layer in self.slots if layer is not None}
 
     @property
+    def replayable(self) -> bool:
+        """Whether what is kept is bounded, and the decode kernels read all of it."""
+        return self.spec.bounded and all(layer is not None and layer.replayable for layer in self.slots)
+
+    @property
     def evictions(self) -> int:
         """Tokens evicted so far, summed over layers, rows and heads."""
         return 0 if self._ledger is None else self._ledger.core.evictions

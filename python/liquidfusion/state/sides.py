@@ -287,12 +287,6 @@ class Front(Side):
     def __init__(self, keys: Side, width: int) -> None:
         self.keys, self.width, self.made = keys, width, keys.made
 
-    @property
-    def held(self) -> Tensor:
-        """What is held, where keys are numbers: `[batch, kv_heads, slots, width]`, a view."""
-        assert isinstance(self.keys, Plain)
-        return self.keys.held[..., : self.width]
-
     def read(self) -> Tensor:
         """What is held."""
         return self.keys.read()[..., : self.width]

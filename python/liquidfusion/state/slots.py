@@ -54,8 +54,13 @@ class Slots:
 
     @property
     def memory(self) -> tuple[Tensor | None, ...]:
-        """The tensors as the kernels take them: keys and values, or where a side is coded both with their scales."""
-        plain = [side.held if isinstance(side, Plain | Front) else None for side in (self.keys, self.values)]
+        """The tensors as the kernels take them: keys and values, or where a side is coded both with their scales.
+
+        Keys alone where values are a part of them.
+        """
+        plain = [side.held if isinstance(side, Plain) else None for side in (self.keys, self.values)]
+        if isinstance(self.values, Front):
+            return tuple(plain[:1])
         if not self.coded:
             return tuple(plain)
         coded = [side.codes if isinstance(side, Coded) else None for side in (self.keys, self.values)]
@@ -64,8 +69,16 @@ class Slots:
 
     @property
     def replayable(self) -> bool:
-        """Whether the decode kernels read this layer: numbers in another dtype than the model's are converted first."""
-        return all(side.held.dtype == side.made for side in (self.keys, self.values) if isinstance(side, Plain))
+        """Whether the decode kernels read this layer.
+
+        Numbers in another dtype than the model's are converted first; the kernel over codes takes one width.
+        """
+        sides = (self.keys, self.values)
+        plain = [side.held for side in sides if isinstance(side, Plain)]
+        coded = [side.coding for side in sides if isinstance(side, Coded)]
+        widths = {held.shape[3] for held in plain} | {coding.head_dim for coding in coded}
+        alike = not coded or len(widths) == 1
+        return alike and all(held.dtype == self.keys.made for held in plain)
 
     def check(self, layer: int, key: Tensor) -> None:
         """Refuse keys in another dtype than the layer made before.

@@ -24,6 +24,7 @@ if _FOUND:
     from .distinct import distinctness
     from .draw import draw, log_sum, penalise
     from .encode import decode_states, encode_states, place_coded
+    from .latent import decode_latent
     from .place import place
     from .prefill import prefill
 
@@ -31,6 +32,7 @@ if _FOUND:
         "available",
         "decode",
         "decode_coded",
+        "decode_latent",
         "decode_states",
         "distinctness",
         "draw",

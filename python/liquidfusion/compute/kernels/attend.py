@@ -59,6 +59,7 @@ def attend(
     WEIGHTED: tl.constexpr,
     VALUED: tl.constexpr,
     WINDOWED: tl.constexpr,
+    CHUNKED: tl.constexpr,
     CAPPED: tl.constexpr,
     ACTIVE: tl.constexpr,
     EVEN: tl.constexpr,
@@ -99,6 +100,8 @@ def attend(
     if CHAINED:
         tl.extra.cuda.gdc_wait()
     now = tl.load(seen + row)
+    if CHUNKED:
+        window = now % window + 1
     if ACTIVE:
         stop = tl.where(tl.load(active + row) != 0, stop, start)
     if K_BITS == 16:

@@ -67,6 +67,7 @@ def _run(
     value_weighted: bool,
     softcap: float,
     window: int,
+    chunked: bool,
     look_gap: int,
 ) -> Tensor:
     batch, query_heads, head_dim = q.shape
@@ -151,6 +152,7 @@ def _run(
         WEIGHTED=weighted,
         VALUED=value_weighted,
         WINDOWED=window > 0,
+        CHUNKED=chunked,
         CAPPED=softcap > 0,
         ACTIVE=active is not None,
         EVEN=slots % tile == 0,
@@ -218,6 +220,7 @@ def decode_coded(
     value_weighted: bool,
     softcap: float = 0.0,
     window: int = 0,
+    chunked: bool = False,
     look_gap: int = 0,
 ) -> Tensor:
     """Attend with one new token per row over coded slots, in place.
@@ -276,5 +279,6 @@ def decode_coded(
         value_weighted,
         softcap,
         window,
+        chunked,
         look_gap,
     )

@@ -69,13 +69,16 @@ def _attend(
     softcap,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_S: tl.constexpr,
     SCORED: tl.constexpr,
     WEIGHTED: tl.constexpr,
     VALUED: tl.constexpr,
     WINDOWED: tl.constexpr,
+    CHUNKED: tl.constexpr,
     CAPPED: tl.constexpr,
     ACTIVE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -96,8 +99,10 @@ def _attend(
     # Slots are the rows of every product: the matrix units take 64 rows at a time, and a group has 8 queries at most.
     g = tl.arange(0, BLOCK_G)
     d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_V)
     in_group = g < GROUP
     in_dim = d < HEAD_DIM
+    in_value = e < VALUE_DIM
     q_tile = tl.load(
         q + wide_row * q_row + (head * GROUP + g)[None, :] * q_head + d[:, None],
         mask=in_group[None, :] & in_dim[:, None],
@@ -109,6 +114,8 @@ def _attend(
     norms += pair * slots
 
     now = tl.load(seen + row)
+    if CHUNKED:
+        window = now % window + 1
     target = tl.load(ring + wide_row * ring_row + head * ring_head + tl.load(used + row) % ring_size)
     if ACTIVE:
         alive = tl.load(active + row) != 0
@@ -116,11 +123,11 @@ def _attend(
 
     top = tl.full([BLOCK_G], float("-inf"), tl.float32)
     sums = tl.zeros([BLOCK_S, BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_D, BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_V, BLOCK_G], tl.float32)
     for first in tl.range(start, stop, BLOCK_S, num_stages=STAGES):
         s = first + tl.arange(0, BLOCK_S)
         k_tile = slot_keys.load([row, head, first, 0]).reshape([BLOCK_S, BLOCK_D])
-        v_tile = slot_values.load([row, head, first, 0]).reshape([BLOCK_S, BLOCK_D])
+        v_tile = slot_values.load([row, head, first, 0]).reshape([BLOCK_S, BLOCK_V])
         position = tl.load(positions + s, mask=s < stop, other=-1)
         x = dot(k_tile, q_tile, tl.zeros([BLOCK_S, BLOCK_G], tl.float32), PRECISION)
         x = base2_logits(x, scale, softcap, CAPPED)
@@ -136,7 +143,7 @@ def _attend(
                 if VALUED:
                     norm = look_weight(
                         squared_lengths(k_tile, BLOCK_S, BLOCK_D, PRECISION),
-                        squared_lengths(v_tile, BLOCK_S, BLOCK_D, PRECISION),
+                        squared_lengths(v_tile, BLOCK_S, BLOCK_V, PRECISION),
                     )
                 counts = (position >= 0) & (now - position >= gap)
                 tl.store(norms + s, tl.where(counts, norm, 0.0), mask=stays)
@@ -154,11 +161,11 @@ def _attend(
     if (target >= start) & (target < stop):
         # The new token never went through the loop: what its slot held before is masked there.
         k_new = tl.load(k + wide_row * k_row + head * k_head + d, mask=in_dim, other=0.0).to(keys.dtype.element_ty)
-        v_new = tl.load(v + wide_row * v_row + head * v_head + d, mask=in_dim, other=0.0).to(values.dtype.element_ty)
+        v_new = tl.load(v + wide_row * v_row + head * v_head + e, mask=in_value, other=0.0).to(values.dtype.element_ty)
         wide_target = target.to(tl.int64)
         tl.store(keys + wide_row * keys_row + head * keys_head + wide_target * keys_slot + d, k_new, mask=in_dim)
         tl.store(
-            values + wide_row * values_row + head * values_head + wide_target * values_slot + d, v_new, mask=in_dim
+            values + wide_row * values_row + head * values_head + wide_target * values_slot + e, v_new, mask=in_value
         )
         tl.store(positions + target, now)
         wide_k = k_new.to(tl.float32)
@@ -182,7 +189,7 @@ def _attend(
     part = (pair * GROUP + g) * splits + split
     tl.store(stats + part * 2, top, mask=in_group)
     tl.store(stats + part * 2 + 1, total, mask=in_group)
-    tl.store(partial + part[None, :] * HEAD_DIM + d[:, None], acc, mask=in_group[None, :] & in_dim[:, None])
+    tl.store(partial + part[None, :] * VALUE_DIM + e[:, None], acc, mask=in_group[None, :] & in_value[:, None])
 
 
 def _config(slots: int, programs: int, row_bytes: int, device: torch.device) -> tuple[int, int, int, int]:
@@ -227,26 +234,31 @@ def _run(
     value_weighted: bool,
     softcap: float,
     window: int,
+    chunked: bool,
     look_gap: int,
 ) -> Tensor:
     batch, query_heads, head_dim = q.shape
     kv_heads, slots = keys.shape[1:3]
-    group = query_heads // kv_heads
+    group, value_dim = query_heads // kv_heads, values.shape[3]
     scored = mass is not None and peak is not None
     weighted = scored and (value_weighted or look_gap > 0)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    splits, per_split, tile, stages = _config(slots, batch * kv_heads, head_dim * keys.element_size(), keys.device)
+    row_bytes = max(head_dim, value_dim) * keys.element_size()
+    splits, per_split, tile, stages = _config(slots, batch * kv_heads, row_bytes, keys.device)
 
-    left = Splits.of(q, positions, splits, head_dim, scored, weighted)
-    out = torch.empty((batch, query_heads, head_dim), dtype=q.dtype, device=q.device)
-    block_d = triton.next_power_of_2(head_dim)
+    left = Splits.of(q, positions, splits, value_dim, scored, weighted)
+    out = torch.empty((batch, query_heads, value_dim), dtype=q.dtype, device=q.device)
+    block_d, block_v = triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim)
     strides = (*mass.stride()[:2], *peak.stride()[:2]) if mass is not None and peak is not None else (0, 0, 0, 0)
 
     _attend[(splits, kv_heads, batch)](
         q,
         k,
         v,
-        *(TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, tile, block_d]) for t in (keys, values)),
+        *(
+            TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, tile, block])
+            for t, block in ((keys, block_d), (values, block_v))
+        ),
         keys,
         values,
         positions,
@@ -277,13 +289,16 @@ def _run(
         softcap,
         GROUP=group,
         HEAD_DIM=head_dim,
+        VALUE_DIM=value_dim,
         BLOCK_G=max(8, triton.next_power_of_2(group)),  # the matrix units take 8 columns at least
         BLOCK_D=block_d,
+        BLOCK_V=block_v,
         BLOCK_S=tile,
         SCORED=scored,
         WEIGHTED=weighted,
         VALUED=value_weighted,
         WINDOWED=window > 0,
+        CHUNKED=chunked,
         CAPPED=softcap > 0,
         ACTIVE=active is not None,
         PRECISION=precision(q.dtype, q.device),
@@ -301,8 +316,8 @@ _operator = torch.library.custom_op(
 
 
 @_operator.register_fake
-def _(q: Tensor, *_: object) -> Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+def _(q: Tensor, _: Tensor, v: Tensor, *__: object) -> Tensor:
+    return torch.empty((*q.shape[:2], v.shape[2]), dtype=q.dtype, device=q.device)
 
 
 def decode(
@@ -326,6 +341,7 @@ def decode(
     value_weighted: bool,
     softcap: float = 0.0,
     window: int = 0,
+    chunked: bool = False,
     look_gap: int = 0,
 ) -> Tensor:
     """Attend with one new token per row over the slots, in place.
@@ -339,7 +355,7 @@ def decode(
     q : Tensor
         Queries ``[batch, query_heads, head_dim]``; any strides.
     k, v : Tensor
-        New keys and values ``[batch, kv_heads, head_dim]``; any strides.
+        New keys and values ``[batch, kv_heads, head_dim]``; any strides. Values may have another head_dim.
     keys, values : Tensor
         Slots ``[batch, kv_heads, slots, head_dim]``, the last axis contiguous; written. Empty slots may hold
         anything, NaN included.
@@ -366,13 +382,15 @@ def decode(
         Logits become ``softcap * tanh(logit / softcap)``; 0 = off.
     window : int
         Only slots with ``seen - position < window`` are attended; 0 = off. The scores of the others fade.
+    chunked : bool
+        The window begins at the latest multiple of its length instead.
     look_gap : int
         The ledger counts a look only at a distance of at least this many tokens.
 
     Returns
     -------
     Tensor
-        ``[batch, query_heads, head_dim]`` in q's dtype; a query that sees no key gives 0.
+        ``[batch, query_heads, head_dim of the values]`` in q's dtype; a query that sees no key gives 0.
     """
     # Outside torch.compile the dispatcher would only cost host time.
     call = _operator if torch.compiler.is_compiling() else _run
@@ -396,5 +414,6 @@ def decode(
         value_weighted,
         softcap,
         window,
+        chunked,
         look_gap,
     )

@@ -180,7 +180,9 @@ def merge(
     scored, weighted = logits.numel() > 0, norms.numel() > 0
     strides = (*mass.stride()[:2], *peak.stride()[:2]) if mass is not None and peak is not None else (0, 0, 0, 0)
     early = chained(out.device)
-    block_s = 256 if out.device.type == "cuda" else triton.next_power_of_2(slots)
+    block_g = triton.next_power_of_2(group)
+    # What a tile of [slots, queries] takes in registers decides.
+    block_s = min(256, 8192 // block_g) if out.device.type == "cuda" else triton.next_power_of_2(slots)
     blocks = max(group, triton.cdiv(slots, block_s)) if scored else group
     _merge[(blocks, kv_heads, batch)](
         out,
@@ -200,7 +202,7 @@ def merge(
         peak_decay,
         GROUP=group,
         HEAD_DIM=head_dim,
-        BLOCK_G=triton.next_power_of_2(group),
+        BLOCK_G=block_g,
         BLOCK_D=triton.next_power_of_2(wide),
         BLOCK_S=block_s,
         BLOCK_P=triton.next_power_of_2(splits),
