@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -335,6 +336,20 @@ def test_latents_are_all_that_is_stored() -> None:
         for columns in (260, 1, 30, 1):  # an unbounded cache grows
             ids = prompt((columns,), seed=columns)["input_ids"]
             close(run(model, longer, ids), run(model, theirs, ids))
+
+
+def test_latents_of_deepseek_v3_take_576_elements() -> None:
+    """Its rank and its rotary key, in a small model: bytes per token and layer beside the latent's own."""
+    case = next(case for case in cases() if case.name == "deepseek_v3")
+    wide = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64}
+    model = load(replace(case, overrides=case.overrides | wide)).to(torch.bfloat16)
+    kv = lf.KVCache(model, "liquid_fusion", 512)
+    run(model, kv, prompt((30,))["input_ids"])
+    layers = len(Geometry.of(model).layers)
+    ledger = 4 + 8  # a position, two scores
+    assert kv.keys_values(0)[0].shape == (1, 1, 512, 576)
+    assert kv.nbytes / (layers * 512) == pytest.approx(576 * 2 + ledger, rel=0.001)
+    assert kv.nbytes / (layers * 512) <= 1.05 * 576 * 2
 
 
 def test_attention_in_chunks_is_exact_however_long_the_text() -> None:

@@ -39,7 +39,10 @@ def plan(
     ] = "smollm2",
     shape: Annotated[
         str | None,
-        typer.Option(help="A shape instead of a model: llama-3.1-8b, qwen3-8b, smollm2-135m.", show_default=False),
+        typer.Option(
+            help="A shape instead of a model: llama-3.1-8b, qwen3-8b, gemma-2-9b, gpt-oss-20b, smollm2-135m.",
+            show_default=False,
+        ),
     ] = None,
     device: Device = Device(),
     context: Annotated[int, typer.Option(min=1, help="Tokens of prompt and answer.")] = 32768,

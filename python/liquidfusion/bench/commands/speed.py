@@ -37,12 +37,16 @@ class Lengths:
     static: Annotated[
         bool, typer.Option(help="With decode: also StaticCache with torch.compile, which takes minutes a context.")
     ] = False
+    profile: Annotated[bool, typer.Option(help="Also the kernels of our steps with one row, by time.")] = False
 
 
 @takes_options()
 def speed(
     shape: Annotated[
-        str, typer.Option(help="Random weights: llama-3.1-8b, qwen3-8b, smollm2-135m or custom (small).")
+        str,
+        typer.Option(
+            help="Random weights: llama-3.1-8b, qwen3-8b, gemma-2-9b, gpt-oss-20b, smollm2-135m or custom (small)."
+        ),
     ] = "smollm2-135m",
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="A model instead of a shape: smollm2, a directory or a hub id.")
@@ -79,6 +83,7 @@ def speed(
         steps=lengths.steps,
         parts=chosen,
         static=lengths.static,
+        profile=lengths.profile,
     )
     where = models.resolve_device(device.device)
     kind = models.resolve_dtype(device.dtype, where)

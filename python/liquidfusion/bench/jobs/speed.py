@@ -10,6 +10,7 @@ import re
 import statistics
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from liquidfusion import KVCache, Strategy, cache_keyword, uninstall
@@ -47,6 +49,8 @@ class Plan:
     parts: tuple[str, ...] = USUAL
     static: bool = False
     """Also measure StaticCache with torch.compile, whose compilation takes minutes."""
+    profile: bool = False
+    """Also tell which kernels a step with one row takes how long."""
 
 
 @dataclass
@@ -184,17 +188,17 @@ class Bench:
             raise RuntimeError("no CUDA graph serves this model here, and nothing is compiled without one")
         return ", compiled and replayed from a CUDA graph" if compiled else ", replayed from a CUDA graph" * replayed
 
-    def floor(self, batch: int) -> None:
-        """The time that reading the weights and the slots takes at the measured copy rate."""
+    def floor(self, batch: int) -> float:
+        """The seconds that reading the weights and the slots takes at the measured copy rate."""
         seconds = (self.weights.read(batch) + batch * self.row) / self.rate
         name = f"floor of a step with {rows_of(batch)}, weights and slots read once at a copy's rate, ms"
         self.results.add(name, 1e3 * seconds)
+        return seconds
 
     def decode(self) -> None:
         """Step time at B = 1: ours after the shortest context, and what transformers offers at each."""
         with self.results.part(f"a step of {self.ours} with one row"):
-            self.floor(1)
-            self._own_step()
+            self._own_step(self.floor(1))
         for context in self.plan.contexts:
             self._timed(f"a step of DynamicCache with one row at {context} tokens", self._dynamic_step, context)
             if self.plan.static:
@@ -206,7 +210,7 @@ class Bench:
         if self.device.type != "cuda":
             return
         with self.results.part(f"a step of {self.ours} with one row, compiled"):
-            self._compiled_step()
+            self._compiled_step(self.floor(1))
 
     def generate(self) -> None:
         """Time of a token of `model.generate`, against that of the step."""
@@ -310,20 +314,39 @@ class Bench:
 
     # Work whose caches are gone when it returns
 
-    def _own_step(self) -> None:
+    def _own_step(self, floor: float) -> None:
         cache = self.cache(1, max(2 * self.plan.budget, min(self.plan.contexts)))
         seconds = self.step_time(cache, 1)
-        self.results.add(f"a step of {self.ours} with one row{self.how(cache)}, ms", 1e3 * seconds)
+        self._one_row(cache, self.how(cache), seconds, floor)
         self.results.add(f"one row of {self.ours}, bytes", cache.nbytes)
         self.results.add(f"one row of {self.ours} by the formula, bytes", self.row)
 
-    def _compiled_step(self) -> None:
+    def _compiled_step(self, floor: float) -> None:
         cache = self.cache(1, 2 * self.plan.budget, compile=True)
         first = self.seconds(lambda: self.model(self.tokens(1, 1), **{self.key: cache}, logits_to_keep=1))
         seconds = self.step_time(cache, 1)
         how = self.how(cache, compiled=True)
         self.results.add(f"the first step of {self.ours} with one row, with its compilation, s", first)
-        self.results.add(f"a step of {self.ours} with one row{how}, ms", 1e3 * seconds)
+        self._one_row(cache, how, seconds, floor)
+
+    def _one_row(self, cache: KVCache, how: str, seconds: float, floor: float) -> None:
+        name = f"a step of {self.ours} with one row{how}"
+        self.results.add(f"{name}, ms", 1e3 * seconds)
+        self.results.add(f"{name}, over its floor", seconds / floor)
+        if not self.plan.profile or self.device.type != "cuda":
+            return
+        token, steps = self.tokens(1, 1), 10
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            repeat(lambda _: self.model(token, **{self.key: cache}, logits_to_keep=1), range(steps))
+            machine.synchronize(self.device)
+        kernels: Counter[str] = Counter()
+        for event in profiled.key_averages():
+            # Without templates and arguments; what compilers have named tells little behind its beginning.
+            short = re.split(r"[<(]", event.key.removeprefix("void "))[0].split("::")[-1][:60]
+            kernels[short] += event.self_device_time_total
+        self.results.add(f"all kernels of {name}, ms", kernels.total() / 1e3 / steps)
+        for kernel, microseconds in kernels.most_common(12):
+            self.results.add(f"{kernel} in {name}, ms", microseconds / 1e3 / steps)
 
     def _generated_token(self) -> float:
         model: Any = self.model
