@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import base2_logits, chained, dot, look_weight, precision, soften, squared_lengths
+from .common import base2_logits, chained, dot, look_weight, precision, soften
 from .merge import Splits, merge
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -130,8 +130,11 @@ def _attend(
                 if block == 0:
                     norm = tl.full([BLOCK_S], 1.0, tl.float32)
                     if VALUED:
-                        squared = squared_lengths(latent, BLOCK_S, BLOCK_R, PRECISION)
-                        norm = look_weight(squared + squared_lengths(rotary, BLOCK_S, BLOCK_P, PRECISION), squared)
+                        # Not by the matrix units, as `decode`: operands as long as a rank take all registers.
+                        wide_latent = latent.to(tl.float32)
+                        wide_rotary = rotary.to(tl.float32)
+                        squared = tl.sum(wide_latent * wide_latent, 1)
+                        norm = look_weight(squared + tl.sum(wide_rotary * wide_rotary, 1), squared)
                     counts = there & (now - position >= gap)
                     tl.store(norms + s, tl.where(counts, norm, 0.0), mask=stays)
 
@@ -183,7 +186,8 @@ def _config(slots: int, programs: int, element: int, device: torch.device) -> tu
         tile, stages = 16, 1
         splits = min(triton.cdiv(slots, tile), 2)
     else:
-        tile, stages = 32 if element == 2 else 16, 2
+        # What fits into the registers of the eight warps beside one [rank, heads] tile of outputs.
+        tile, stages = (32, 2) if element == 2 else (16, 1)
         places = torch.cuda.get_device_properties(device).multi_processor_count
         splits = max(1, min(triton.cdiv(slots, tile), MOST_SPLITS, places // programs))
     per_split = triton.cdiv(triton.cdiv(slots, tile), splits) * tile
@@ -268,7 +272,7 @@ def _run(
         PRECISION=precision(q.dtype, q.device),
         STAGES=stages,
         CHAINED=chained(q.device),
-        num_warps=4,
+        num_warps=8,
     )
     merge(left, out, mass, peak, active, sinks, None, mass_decay, peak_decay)
     return out
