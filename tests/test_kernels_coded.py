@@ -120,6 +120,7 @@ class Case:
             "look_gap": 0,
             "softcap": 0.0,
             "window": 0,
+            "chunked": False,
         } | options
 
     def rotated(self, states):
@@ -209,7 +210,10 @@ class Case:
         keys, values = (torch.where(there[..., None], self.states(side), 0.0) for side in (0, 1))
         attended = (torch.where(there[..., None], self.attended(side), 0.0) for side in (0, 1))
         distance = self.seen[:, None, None] - positions
-        visible = there & (distance < options["window"]) if options["window"] else there
+        reach = (
+            self.seen % options["window"] + 1 if options["chunked"] else torch.full_like(self.seen, options["window"])
+        )
+        visible = there & (distance < reach[:, None, None]) if options["window"] else there
         visible = visible & alive.to(DEVICE)[:, None, None]
         wanted, p = naive(
             self.q[:, :, None], *attended, visible[:, :, None], options["scale"], options["softcap"], self.sinks
@@ -247,6 +251,7 @@ def test_decode_coded_groups(group, dtype):
     "options",
     [
         {"window": 9},
+        {"window": 9, "chunked": True},
         {"softcap": 2.0},
         {"window": 5, "softcap": 3.0, "look_gap": 3},
         {"value_weighted": False},

@@ -74,7 +74,7 @@ class Geometry:
     `architecture`: the class. `layers`: of the decoder, in order. `vocabulary`: tokens. `positions`: the
     `max_position_embeddings` the model knows, 0 if it says none. `softcap`: of the attention logits, 0 for none.
     `dtype`: of the weights. `processes`: that share the heads, with tensor parallelism. `carries`: whether recurrent
-    states go on in a call of several tokens.
+    states go on in a call of several tokens. `replayable`: whether its decode step can be captured in a CUDA graph.
     """
 
     architecture: str
@@ -85,6 +85,7 @@ class Geometry:
     dtype: str
     processes: int = 1
     carries: bool = True
+    replayable: bool = True
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Geometry:
@@ -111,6 +112,7 @@ class Geometry:
             dtype=str(model.dtype).removeprefix("torch."),
             processes=int(getattr(model, "_tp_size", None) or 1),
             carries=getattr(config, "model_type", "") not in _FORGETFUL,
+            replayable=getattr(config, "model_type", "") not in _HOST_MADE,
         )
 
     @property
@@ -328,6 +330,9 @@ _WAYS_OF_THEIR_OWN = {
 
 # Models whose recurrent layers begin anew in every call of more than one token, by their configuration's model_type.
 _FORGETFUL = frozenset({"jamba", "zamba"})
+
+# Models whose code makes constants on the host in every step and waits until they are on the device, likewise.
+_HOST_MADE = frozenset({"gemma3n_text"})
 
 _KINDS = {
     "full_attention": (Kind.FULL, False),

@@ -221,13 +221,14 @@ class Graph:
         evicting: bool,
     ) -> None:
         self._model = weakref.ref(model)  # as the cache: neither keeps its memory
-        self.run, self._capturing, self._evicting, self._states = run, run.graph, evicting, states
+        self.run, self._evicting, self._states = run, evicting, states
+        self._capturing = run.graph and geometry.replayable
         self.ledgers = [group.ledger for group in groups.all]
         (self.device,) = set().union(*(group.devices for group in groups.all))
         self._gpu = self.device.type == "cuda"
         self.reuses = [Reuse(group, self.device, run.overlap) for group in groups.all]
         batch = self.ledgers[0].batch
-        replays = self._gpu and run.graph
+        replays = self._gpu and self._capturing
         self.experts = experts_way(batch, run.compile, next(model.parameters())) if replays else GROUPED
         with torch.inference_mode(False):
             self.used = torch.zeros(batch, dtype=torch.int32, device=self.device)
