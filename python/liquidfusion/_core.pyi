@@ -17,6 +17,7 @@ __all__ = [
     "parameters",
     "softmax",
     "step",
+    "step_coded",
     "strategies",
 ]
 
