@@ -127,7 +127,8 @@ class Version:
 def child(site: str, argv: list[str]) -> dict[str, float]:
     """The figures of the version in a folder."""
     environment = {**os.environ, "PYTHONPATH": site}
-    command = [sys.executable, __file__, *argv, "--child"]
+    # -P: or else this folder's kernels.py is the package that transformers looks for.
+    command = [sys.executable, "-P", __file__, *argv, "--child"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"error: {site}: {done.stderr.strip().splitlines()[-1]}")
