@@ -41,13 +41,25 @@ def cut(data: st.DataObject, tokens: list[int]) -> list[list[int]]:
     return pieces
 
 
-@given(st.text(max_size=30), st.data())
+@given(st.text(max_size=60), st.data())
 def test_pieces_of_text_make_the_whole(text: str, data: st.DataObject) -> None:
     tokens = list(text.encode())
     detokenizer = Detokenizer(Bytes())
     pieces = [detokenizer.push(*piece) for piece in cut(data, tokens)]
     assert "".join(pieces) == text.rstrip("\N{REPLACEMENT CHARACTER}")
     assert "".join(pieces) + detokenizer.flush() == text
+
+
+def test_pieces_that_all_end_within_a_character_give_it_whole() -> None:
+    """More bytes than a character may wait for, and never a piece that ends where a character does."""
+    text = "🦜" * 40
+    tokens = list(text.encode())
+    detokenizer = Detokenizer(Bytes())
+    pieces = [detokenizer.push(*tokens[:2]), *(detokenizer.push(*tokens[i : i + 4]) for i in range(2, len(tokens), 4))]
+    assert "".join(pieces) == text
+    assert detokenizer.flush() == ""
+    assert max(map(len, pieces)) == 1
+    assert len(detokenizer._window) <= 2 * LONGEST_WAIT + 4
 
 
 @given(st.lists(st.integers(0, 255), max_size=LONGEST_WAIT), st.data())

@@ -10,7 +10,7 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 CONTEXT = 5
 """Tokens before the answer that are decoded with it, so that its first token's space is seen."""
 LONGEST_WAIT = 16
-"""Tokens after which text that still ends in unfinished bytes is given out as it is."""
+"""Tokens without a new character after which text that ends in unfinished bytes is given out as it is."""
 
 
 class Decodes(Protocol):
@@ -42,14 +42,23 @@ class Detokenizer:
         self._window = list(prompt[-CONTEXT:])  # tokens given out last, then those after them
         self._before = len(self._window)  # of the window: given out before
         self._given = len(self._decode(self._window))  # characters of the window's text that were given out
+        self._waiting = 0  # tokens since the last new character
 
     def push(self, *tokens: int) -> str:
         """Take tokens; the text that is certain now and was not given out before."""
         self._window += tokens
         text = self._decode(self._window)
         certain = text.rstrip(UNFINISHED)
-        if len(certain) < len(text) and len(self._window) - self._before < LONGEST_WAIT:
-            return self._give(certain)
+        if len(certain) < len(text):
+            new = self._give(certain)
+            self._waiting = 0 if new else self._waiting + len(tokens)
+            if new and len(self._window) > 2 * LONGEST_WAIT:
+                # Every piece may end within a character; what is decoded again must not grow with the answer.
+                self._window, self._before = self._window[-LONGEST_WAIT:], 0
+                self._given = len(self._decode(self._window).rstrip(UNFINISHED))
+            if self._waiting < LONGEST_WAIT:
+                return new
+        self._waiting = 0
         new = self._give(text)
         if self._before < len(self._window):
             self._window = self._window[self._before :]
