@@ -41,13 +41,17 @@ def cut(data: st.DataObject, tokens: list[int]) -> list[list[int]]:
     return pieces
 
 
-@given(st.text(max_size=60), st.data())
+WHOLE = st.characters(exclude_categories=("Cs",), exclude_characters="\N{REPLACEMENT CHARACTER}")
+"""Characters that cannot be taken for unfinished ones."""
+
+
+@given(st.text(WHOLE, max_size=60), st.data())
 def test_pieces_of_text_make_the_whole(text: str, data: st.DataObject) -> None:
     tokens = list(text.encode())
     detokenizer = Detokenizer(Bytes())
     pieces = [detokenizer.push(*piece) for piece in cut(data, tokens)]
-    assert "".join(pieces) == text.rstrip("\N{REPLACEMENT CHARACTER}")
-    assert "".join(pieces) + detokenizer.flush() == text
+    assert "".join(pieces) == text
+    assert detokenizer.flush() == ""
 
 
 def test_pieces_that_all_end_within_a_character_give_it_whole() -> None:
