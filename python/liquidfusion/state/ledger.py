@@ -301,13 +301,12 @@ class Ledger:
         self.wait()
         self.core.release(row)
         self._newer_on_device.discard(row)
-        layers = [layer for _, layer in self._apart()]
-        for kind, empty in ((0, -1), (1, 0), (2, 0)):
-            rows = [layer.tensors()[kind][row] for layer in layers if kind < len(layer.tensors())]
-            if rows:
-                torch._foreach_zero_(rows)
-                if empty:
-                    torch._foreach_add_(rows, empty)
+        of_kinds = zip(*(layer.tensors() for _, layer in self._apart()), strict=True)
+        for number, tensors in enumerate(of_kinds):
+            rows = [tensor[row] for tensor in tensors]
+            torch._foreach_zero_(rows)
+            if number == 0:  # positions
+                torch._foreach_sub_(rows, 1)
 
     def copy_row(self, source: int, target: int) -> None:
         """Make a row hold what another does, in place."""
